@@ -1,0 +1,49 @@
+# Every target sets up .venv itself. `make test` is the whole gate; continuous integration runs the same line.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+PYTHON ?= python3
+# torch goes in first and exactly: a looser request may bring gigabytes of CUDA. For a CPU build from elsewhere:
+#   make test TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
+TORCH ?= torch==2.13.0
+
+BIN := .venv/bin
+PACKAGES := intervene alignments tasks
+SOURCES := $(PACKAGES) tests $(wildcard benchmarks) $(wildcard *.py)
+# The stamp carries a digest of what was asked for, and is written last: a killed set-up leaves none.
+DIGEST := $(shell cat pyproject.toml constraints.txt | (sha256sum 2>/dev/null || shasum -a 256) | cut -c1-16)
+READY := .venv/.ready-$(DIGEST)
+
+.PHONY: das test fast lint format setup clean
+
+das: $(READY)
+	$(BIN)/python run_das.py --task ioi --model smollm2-135m --out runs/das --resume
+
+test: lint
+	$(BIN)/python -m pytest
+
+fast: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(READY)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy --strict $(PACKAGES)
+
+format: $(READY)
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+setup: $(READY)
+
+$(READY):
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; \
+	  sys.exit(0 if sys.version_info >= (3, 10) else f"set-up: needs Python 3.10 or newer, $(PYTHON) is {v}. Run make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[all,dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find $(PACKAGES) tests -name __pycache__ -type d -prune -exec rm -rf {} +

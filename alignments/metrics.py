@@ -1,0 +1,307 @@
+"""What a search's numbers mean: accuracy, its interval, the mean over seeds, and a verdict in one sentence.
+
+Everything here is arithmetic on rows; nothing needs a model. The verdict keeps the two promises that make a best cell
+believable: it is *chosen* on the select split and *reported* on the test split, and it is held against the best
+trivial baseline on the same pairs, interval against interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist, fmean
+from typing import Any
+
+import numpy as np
+
+from alignments.rows import CONTROL_PREFIX, Cell, Row
+
+Interval = tuple[float, float]
+
+METHOD_NAMES = {"das": "DAS", "full_vector": "full vector"}
+_CERTAIN = 1 - 1e-9  # a baseline that is right on every pair
+
+
+class NoVerdict(Exception):
+    """The rows do not allow one: none on a split, more than one variable, or seeds that are not all there yet."""
+
+
+def wilson(k: float, n: int, level: float = 0.95) -> Interval:
+    """Return the Wilson score interval of `k` hits in `n` trials.
+
+    With p = k/n and z the normal quantile of (1 + level) / 2:
+    (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n). It never leaves 0..1 and keeps its width at p = 0 and 1.
+    `k` may be a fraction: the mean hits of several seeds on the same `n` pairs.
+
+    Raises:
+        ValueError: n < 1, k outside 0..n, or a level outside 0..1 (ends excluded).
+    Source: Wilson 1927, JASA 22:209-212; no continuity correction.
+    """
+    if n < 1 or not 0 <= k <= n or not 0 < level < 1:
+        raise ValueError(
+            f"Wilson interval of {k} hits in {n} trials at level {level}: needs n >= 1, 0 <= k <= n and a level "
+            "between 0 and 1. Pass counts, not rates."
+        )
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share, weight = k / n, z * z / n
+    centre = share + weight / 2
+    half = z * math.sqrt(share * (1 - share) / n + weight / (4 * n))
+    # The formula holds the share exactly; the clamps only take back rounding at 0 and 1.
+    low, high = (centre - half) / (1 + weight), (centre + half) / (1 + weight)
+    return max(0.0, min(low, share)), min(1.0, max(high, share))
+
+
+def iia(predicted: Sequence[Any] | np.ndarray, labels: Sequence[Any] | np.ndarray) -> float:
+    """Return the share of pairs whose patched answer is the one the causal model gives.
+
+    Shapes: (B,) answers, or (B, T) answers of T tokens, of which all must agree.
+
+    Raises:
+        ValueError: no pairs, unequal shapes, or texts against numbers (which would score a silent 0).
+    """
+    found, wanted = np.asarray(predicted), np.asarray(labels)
+    if found.shape != wanted.shape or found.ndim == 0 or len(found) == 0:
+        raise ValueError(
+            f"IIA: {found.shape} predictions against {wanted.shape} labels. Give one answer per label, at least one."
+        )
+    if (found.dtype.kind in "US") != (wanted.dtype.kind in "US"):
+        raise ValueError(
+            f"IIA: predictions are {found.dtype}, labels {wanted.dtype}. Compare token ids with ids, texts with texts."
+        )
+    hits = (found == wanted).reshape(len(found), -1).all(axis=1)  # (B,)
+    return float(hits.mean())
+
+
+def non_overlapping(a: Interval, b: Interval) -> bool:
+    """Return whether two intervals share no point; intervals that touch do overlap."""
+    return a[1] < b[0] or b[1] < a[0]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A score that needs no model, with the Wilson interval of the same `n` pairs."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+
+    @property
+    def certain(self) -> bool:
+        """Whether it is right on every pair."""
+        return self.value >= _CERTAIN
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+@dataclass(frozen=True)
+class SeedMean:
+    """One cell on one split, averaged over its seeds.
+
+    `low`..`high` is the Wilson interval of the mean at `n` pairs. Seeds see the same pairs, so they do not add to n;
+    what they differ by is told apart, in `values` (one IIA per seed, in the order of `seeds`).
+    """
+
+    cell: Cell
+    layer: int | None
+    component: str
+    position_label: str
+    split: str
+    n: int
+    seeds: tuple[int, ...]
+    values: tuple[float, ...]
+    iia: float
+    low: float
+    high: float
+    baselines: tuple[Baseline, ...]
+    task_accuracy: float | None
+    seconds: float
+
+    @property
+    def is_control(self) -> bool:
+        """Whether the method is a control, which is shown but never selected."""
+        return self.cell.method.startswith(CONTROL_PREFIX)
+
+    @property
+    def interval(self) -> Interval:
+        """Return (low, high)."""
+        return self.low, self.high
+
+    @property
+    def best_baseline(self) -> Baseline:
+        """Return the highest trivial baseline; of equals, the first in the order copy-base, copy-source, majority."""
+        return max(self.baselines, key=lambda baseline: baseline.value)
+
+    @property
+    def above_baselines(self) -> bool:
+        """Whether the whole interval lies above that of the best trivial baseline."""
+        best = self.best_baseline
+        return self.low > best.high and non_overlapping(self.interval, (best.low, best.high))
+
+    @property
+    def method_text(self) -> str:
+        """Return the method as a sentence names it: "DAS rank 8"."""
+        return method_text(self.cell.method, self.cell.rank)
+
+    def __str__(self) -> str:
+        spread = ""
+        if len(self.values) > 1:
+            spread = f", mean of {len(self.values)} seeds ({min(self.values):.2f} to {max(self.values):.2f})"
+        return (
+            f"{self.method_text} at {self.cell.site} @ {self.position_label}: "
+            f"IIA {self.iia:.2f} [{self.low:.2f}, {self.high:.2f}], n={self.n}{spread}"
+        )
+
+
+def method_text(method: str, rank: int | None) -> str:
+    """Return "DAS rank 8" for ("das", 8), "full vector" for ("full_vector", None)."""
+    plain = method.removeprefix(CONTROL_PREFIX)
+    name = METHOD_NAMES.get(plain, plain.replace("_", " "))
+    rank_part = "" if rank is None else f" rank {rank}"
+    return f"{'control ' if method.startswith(CONTROL_PREFIX) else ''}{name}{rank_part}"
+
+
+def mean_over_seeds(rows: Iterable[Row]) -> tuple[SeedMean, ...]:
+    """Return one mean per cell and split, in the order in which the cells first appear.
+
+    Seeds of unequal n (a task may drop pairs) are averaged unweighted and given the smallest n: the interval is then
+    too wide rather than too narrow.
+    """
+    groups: dict[tuple[Cell, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.cell, row.split), []).append(row)
+    return tuple(_mean(group) for group in groups.values())
+
+
+def _mean(rows: Sequence[Row]) -> SeedMean:
+    rows = sorted(rows, key=lambda row: row.seed)
+    first, n = rows[0], min(row.n for row in rows)
+    score = fmean(row.iia for row in rows)
+    low, high = wilson(min(max(score, 0.0), 1.0) * n, n)
+    names = [name for name in first.baselines if all(name in row.baselines for row in rows)]
+    accuracies = [row.task_accuracy for row in rows if row.task_accuracy is not None]
+    return SeedMean(
+        cell=first.cell,
+        layer=first.layer,
+        component=first.component,
+        position_label=first.position_label,
+        split=first.split,
+        n=n,
+        seeds=tuple(row.seed for row in rows),
+        values=tuple(row.iia for row in rows),
+        iia=score,
+        low=low,
+        high=high,
+        baselines=tuple(_baseline(name, [row.baselines[name] for row in rows], n) for name in names),
+        task_accuracy=fmean(accuracies) if accuracies else None,
+        seconds=sum(row.seconds for row in rows),
+    )
+
+
+def _baseline(name: str, values: Sequence[float], n: int) -> Baseline:
+    value = min(max(fmean(values), 0.0), 1.0)
+    return Baseline(name, value, *wilson(value * n, n))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The best cell of one variable: chosen on the select split, reported on the test split.
+
+    `chosen` is its mean on select, `reported` on test; `candidates` is how many cells it was chosen from. `above` is
+    the claim itself: the whole interval lies above the best trivial baseline's.
+    """
+
+    variable: str
+    chosen: SeedMean
+    reported: SeedMean
+    baseline: Baseline
+    above: bool
+    candidates: int
+
+    @property
+    def trivial(self) -> tuple[str, ...]:
+        """Return the baselines that are right on every pair: the variable is then solved without any alignment."""
+        return tuple(baseline.name for baseline in self.reported.baselines if baseline.certain)
+
+    @property
+    def sentence(self) -> str:
+        """Return the verdict as plain prose, one sentence, and a second one if the variable is trivial here."""
+        where = "above it" if self.above else "NOT above it"
+        text = f"{self.reported}, best trivial baseline {self.baseline}: {where}."
+        return " ".join([text, *(_trivial_text(self.variable, name) for name in self.trivial)])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `result.json` keeps: numbers with n, interval and split, and the sentence."""
+        cell, score = self.reported.cell, self.reported
+        return {
+            "task": cell.task,
+            "model": cell.model,
+            "variable": self.variable,
+            "site": cell.site,
+            "positions": cell.positions,
+            "method": cell.method,
+            "rank": cell.rank,
+            "selected_on": self.chosen.split,
+            "select_iia": self.chosen.iia,
+            "candidates": self.candidates,
+            "split": score.split,
+            "n": score.n,
+            "iia": score.iia,
+            "low": score.low,
+            "high": score.high,
+            "seeds": dict(zip(map(str, score.seeds), score.values, strict=True)),
+            "baselines": {one.name: [one.value, one.low, one.high] for one in score.baselines},
+            "best_baseline": self.baseline.name,
+            "above_best_baseline": self.above,
+            "trivially_solved_by": list(self.trivial),
+            "task_accuracy": score.task_accuracy,
+            "sentence": self.sentence,
+        }
+
+
+def _trivial_text(variable: str, name: str) -> str:
+    verb, _, what = name.partition("-")
+    how = f"copying the {what}" if verb == "copy" and what else f"the {name} answer"
+    return f"On these pairs {variable} is trivially solved by {how} (1.00): no score here can locate it."
+
+
+def verdict(rows: Iterable[Row]) -> Verdict:
+    """Return the verdict on one variable's rows; pass one method's rows for a verdict on that method.
+
+    The cell with the highest mean on the select split wins; of equals the one of smaller rank (whole width counts as
+    the largest), then the one searched first. Controls never win. Test scores play no part in the choice.
+
+    Raises:
+        NoVerdict: rows of several tasks, models or variables; no candidate on select; or the chosen cell lacks, on
+            test, a seed it has on select.
+    """
+    candidates = [row for row in rows if not row.is_control]
+    about = {(row.task, row.model, row.variable) for row in candidates}
+    if len(about) > 1:
+        named = "; ".join(" / ".join(one) for one in sorted(about))
+        raise NoVerdict(f"Verdict: rows of {len(about)} searches ({named}). Pass the rows of one variable at a time.")
+    means = mean_over_seeds(candidates)
+    on_select = [mean for mean in means if mean.split == "select"]
+    if not on_select:
+        raise NoVerdict(
+            f"Verdict: none of {len(candidates)} rows is on the select split, so nothing was selected fairly. "
+            "Score the cells on select, and only the reported one on test."
+        )
+    chosen = max(on_select, key=lambda mean: (mean.iia, -math.inf if mean.cell.rank is None else -mean.cell.rank))
+    reported = next((mean for mean in means if mean.split == "test" and mean.cell == chosen.cell), None)
+    lacking = sorted(set(chosen.seeds) - set(() if reported is None else reported.seeds))
+    if reported is None or lacking:
+        raise NoVerdict(
+            f"Verdict: the cell selected is {chosen.method_text} at {chosen.cell.site} @ {chosen.position_label}, and "
+            f"its test rows lack seed {', '.join(map(str, lacking))}. Let the search finish (--resume)."
+        )
+    return Verdict(
+        variable=chosen.cell.variable,
+        chosen=chosen,
+        reported=reported,
+        baseline=reported.best_baseline,
+        above=reported.above_baselines,
+        candidates=len(on_select),
+    )

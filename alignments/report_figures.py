@@ -1,0 +1,188 @@
+"""The figures of a report, as plain Plotly dicts: heatmaps of IIA, and best cells against trivial baselines.
+
+Dicts and not `plotly.graph_objects`, so that drawing needs no import; a test lets Plotly check them. Every text that
+comes from a task or a model is escaped, because Plotly reads a little HTML in labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from alignments.metrics import SeedMean, Verdict
+
+Figure = dict[str, Any]
+
+CLEAR = "rgba(0,0,0,0)"  # the page shows through, in either theme
+# One hue per kind, mid-bright so that it reads on white and on near-black; shapes differ as well.
+KINDS = {
+    "method": ("#3e8fe0", "circle"),
+    "control": ("#d6832b", "diamond"),
+    "baseline": ("#868c96", "square"),
+}
+# Blue-green to yellow, never near-black nor near-white, so that the ends stand out on both pages.
+SCALE = [[0.0, "#414487"], [0.25, "#2f6c8e"], [0.5, "#21918c"], [0.75, "#6ccd5a"], [1.0, "#fde725"]]
+
+
+def kind_of_site(mean: SeedMean) -> str:
+    """Return the site without its layer: what one heatmap is about ("block_output", "head_output[2]")."""
+    return mean.cell.site if mean.layer is None else mean.cell.site.partition(".")[2] or mean.cell.site
+
+
+def heatmap(means: Sequence[SeedMean], chosen: SeedMean | None) -> Figure:
+    """Return IIA by layer (bottom up) x position, of one method on one kind of site; `chosen` is outlined.
+
+    A star marks cells whose interval lies above that of their best trivial baseline.
+    """
+    columns = list(dict.fromkeys(mean.cell.positions for mean in means))
+    labels = {mean.cell.positions: mean.position_label for mean in means}
+    if len(set(labels.values())) < len(labels):  # two positions of one label would fall into one column
+        labels = {positions: positions for positions in columns}
+    layers = sorted({mean.layer for mean in means}, key=lambda layer: -1 if layer is None else layer)
+    at = {(mean.layer, mean.cell.positions): mean for mean in means}
+    grid = [[at.get((layer, column)) for column in columns] for layer in layers]
+    rows = ["no layer" if layer is None else f"L{layer}" for layer in layers]
+    trace = {
+        "type": "heatmap",
+        "x": [escape(labels[column]) for column in columns],
+        "y": rows,
+        "z": [[None if mean is None else mean.iia for mean in line] for line in grid],
+        "text": [[_cell_text(mean) for mean in line] for line in grid],
+        "hovertext": [[_hover(mean) for mean in line] for line in grid],
+        "texttemplate": "%{text}",
+        "hovertemplate": "%{hovertext}<extra></extra>",
+        "hoverongaps": False,
+        "colorscale": SCALE,
+        "zmin": 0,
+        "zmax": 1,
+        "xgap": 2,
+        "ygap": 2,
+        "colorbar": {"thickness": 10, "outlinewidth": 0, "tickvals": [0, 0.25, 0.5, 0.75, 1], "title": {"text": "IIA"}},
+    }
+    layout = _layout(height=110 + 28 * max(len(rows), 3))
+    layout["xaxis"] |= {"type": "category", "title": {"text": "position"}, "showgrid": False, "side": "bottom"}
+    layout["yaxis"] |= {"type": "category", "title": {"text": "layer"}, "showgrid": False}
+    if chosen is not None and (chosen.layer, chosen.cell.positions) in at:
+        column, row = columns.index(chosen.cell.positions), layers.index(chosen.layer)
+        box = {"x0": column - 0.5, "x1": column + 0.5, "y0": row - 0.5, "y1": row + 0.5}
+        layout["shapes"] = [{"type": "rect", **box, "line": {"width": 3}}]
+    return {"data": [trace], "layout": layout}
+
+
+def heatmap_summary(means: Sequence[SeedMean]) -> str:
+    """Return what a heatmap shows, for those who cannot see it."""
+    low, high = min(means, key=lambda mean: mean.iia), max(means, key=lambda mean: mean.iia)
+    starred = sum(mean.above_baselines for mean in means)
+    return (
+        f"Heatmap of IIA by layer and position, {high.method_text}, {kind_of_site(high)}, {high.split} split: "
+        f"{len(means)} cells from {low.iia:.2f} ({low.cell.site} @ {low.position_label}) to {high.iia:.2f} "
+        f"({high.cell.site} @ {high.position_label}); {starred} above the best trivial baseline. "
+        "The table of cells holds every number."
+    )
+
+
+def comparison(best: Verdict, per_method: Sequence[SeedMean], controls: Sequence[SeedMean]) -> Figure:
+    """Return best cells, controls and trivial baselines on one axis from 0 to 1, each with its interval.
+
+    Small dots are single seeds; the dashed line is the upper end of the best trivial baseline: what to be above.
+    """
+    entries = [("method", _entry_name(mean), mean.iia, mean.low, mean.high, mean.values) for mean in per_method]
+    entries += [("control", _entry_name(mean), mean.iia, mean.low, mean.high, mean.values) for mean in controls]
+    baselines = sorted(best.reported.baselines, key=lambda one: -one.value)
+    entries += [("baseline", escape(one.name), one.value, one.low, one.high, ()) for one in baselines]
+    traces: list[Figure] = []
+    for kind, (colour, symbol) in KINDS.items():
+        own = [entry[1:] for entry in entries if entry[0] == kind]
+        if not own:
+            continue
+        names, values, lows, highs, seeds = zip(*own, strict=True)
+        text = [f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high in zip(values, lows, highs, strict=True)]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": {"method": "best cell", "control": "control", "baseline": "trivial baseline"}[kind],
+                "x": list(values),
+                "y": list(names),
+                "text": text,
+                "hovertemplate": "%{y}<br>%{text}<extra></extra>",
+                "marker": {"color": colour, "symbol": symbol, "size": 11},
+                "error_x": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [high - value for value, high in zip(values, highs, strict=True)],
+                    "arrayminus": [value - low for value, low in zip(values, lows, strict=True)],
+                    "color": colour,
+                    "thickness": 2,
+                    "width": 5,
+                },
+            }
+        )
+        dots = [(one, name) for name, many in zip(names, seeds, strict=True) if len(many) > 1 for one in many]
+        if dots:
+            traces.append(_seed_dots(dots, colour))
+    layout = _layout(height=120 + 38 * len(entries))
+    layout["xaxis"] |= {"range": [-0.02, 1.02], "title": {"text": "IIA"}, "zeroline": False, "tickvals": _TICKS}
+    layout["yaxis"] |= {"type": "category", "autorange": "reversed", "showgrid": False}
+    layout["legend"] = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
+    line = {"width": 1, "dash": "dash"}
+    layout["shapes"] = [
+        {"type": "line", "x0": best.baseline.high, "x1": best.baseline.high, "y0": 0, "y1": 1, "yref": "paper"}
+        | {"line": line}
+    ]
+    layout["yaxis"]["categoryarray"] = [entry[1] for entry in entries]
+    layout["yaxis"]["categoryorder"] = "array"
+    return {"data": traces, "layout": layout}
+
+
+_TICKS = [0, 0.2, 0.4, 0.6, 0.8, 1]
+
+
+def _seed_dots(dots: Sequence[tuple[float, str]], colour: str) -> Figure:
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "showlegend": False,
+        "x": [value for value, _ in dots],
+        "y": [name for _, name in dots],
+        "hovertemplate": "one seed: %{x:.3f}<extra></extra>",
+        "marker": {"color": colour, "symbol": "line-ns-open", "size": 16, "opacity": 0.7, "line": {"width": 1.5}},
+    }
+
+
+def _entry_name(mean: SeedMean) -> str:
+    return f"{escape(mean.method_text)}<br>{escape(mean.cell.site)} @ {escape(mean.position_label)}"
+
+
+def _cell_text(mean: SeedMean | None) -> str:
+    return "" if mean is None else f"{mean.iia:.2f}{'*' if mean.above_baselines else ''}"
+
+
+def _hover(mean: SeedMean | None) -> str:
+    if mean is None:
+        return ""
+    seeds = ", ".join(f"{value:.3f} (seed {seed})" for seed, value in zip(mean.seeds, mean.values, strict=True))
+    return "<br>".join(
+        [
+            f"<b>{escape(mean.cell.site)} @ {escape(mean.position_label)}</b>",
+            f"{escape(mean.method_text)}, {mean.split} split",
+            f"IIA {mean.iia:.3f} [{mean.low:.3f}, {mean.high:.3f}], n={mean.n}",
+            f"seeds: {seeds}",
+            f"best trivial baseline: {escape(str(mean.best_baseline))}",
+        ]
+    )
+
+
+def _layout(height: int) -> Figure:
+    axis: Figure = {"automargin": True, "fixedrange": True, "ticks": ""}
+    return {
+        "height": height,
+        "margin": {"l": 8, "r": 8, "t": 14, "b": 8},
+        "paper_bgcolor": CLEAR,
+        "plot_bgcolor": CLEAR,
+        "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif", "size": 12},
+        "hoverlabel": {"align": "left"},
+        "xaxis": dict(axis),
+        "yaxis": dict(axis),
+    }

@@ -1,0 +1,122 @@
+"""Interventions on language models as values: site x positions x featurizer x edit.
+
+    with intervene(model, [Intervention("L14.block_output", Add(vector), LastToken())]):
+        model.generate(**batch)
+
+Importing this costs what importing torch costs; transformers, pyvene and the rest are imported where they are used.
+"""
+
+from intervene.applied import Applied, Report
+from intervene.captured import Captured, Sources
+from intervene.conditions import Condition, ProbeAbove, ProjectionAbove
+from intervene.content import Match, Prompt, Response, response_marker
+from intervene.edits import (
+    Add,
+    Affine,
+    BoundarySwap,
+    Edit,
+    GatedSwap,
+    Noise,
+    Project,
+    Scale,
+    Set,
+    StopGradient,
+    Swap,
+    Zero,
+)
+from intervene.errors import (
+    AmbiguousForward,
+    BadPosition,
+    BadVector,
+    InterveneError,
+    ModelNotFound,
+    NotApplied,
+    ShapeMismatch,
+    SiteOutOfRange,
+    StoreError,
+    UnknownComponent,
+    UnknownFamily,
+    Unsupported,
+    UnsupportedModel,
+    WrongModel,
+)
+from intervene.families import Family, fingerprint, register_family
+from intervene.featurizers import PCA, SAE, Coordinates, Featurizer, Identity, Subspace
+from intervene.interventions import Intervention, Plan, trainable_parameters
+from intervene.positions import AllTokens, At, DecodeSteps, First, LastToken, Mask, Positions, Span
+from intervene.run import activations, capture, collect_sources, frozen, interchange, intervene
+from intervene.sites import COMPONENTS, Site
+from intervene.vectors import Activations, SteeringVector, mean_difference, pca_direction, probe_direction
+
+__all__ = [
+    "COMPONENTS",
+    "PCA",
+    "SAE",
+    "Activations",
+    "Add",
+    "Affine",
+    "AllTokens",
+    "AmbiguousForward",
+    "Applied",
+    "At",
+    "BadPosition",
+    "BadVector",
+    "BoundarySwap",
+    "Captured",
+    "Condition",
+    "Coordinates",
+    "DecodeSteps",
+    "Edit",
+    "Family",
+    "Featurizer",
+    "First",
+    "GatedSwap",
+    "Identity",
+    "InterveneError",
+    "Intervention",
+    "LastToken",
+    "Mask",
+    "Match",
+    "ModelNotFound",
+    "Noise",
+    "NotApplied",
+    "Plan",
+    "Positions",
+    "ProbeAbove",
+    "Project",
+    "ProjectionAbove",
+    "Prompt",
+    "Report",
+    "Response",
+    "Scale",
+    "Set",
+    "ShapeMismatch",
+    "Site",
+    "SiteOutOfRange",
+    "Sources",
+    "Span",
+    "SteeringVector",
+    "StopGradient",
+    "StoreError",
+    "Subspace",
+    "Swap",
+    "UnknownComponent",
+    "UnknownFamily",
+    "Unsupported",
+    "UnsupportedModel",
+    "WrongModel",
+    "Zero",
+    "activations",
+    "capture",
+    "collect_sources",
+    "fingerprint",
+    "frozen",
+    "interchange",
+    "intervene",
+    "mean_difference",
+    "pca_direction",
+    "probe_direction",
+    "register_family",
+    "response_marker",
+    "trainable_parameters",
+]

@@ -1,0 +1,148 @@
+"""What happens when a watched module runs: `Firing` edits its tensor, `Reader` copies from it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from intervene.applied import Recorder
+from intervene.block import Block
+from intervene.captured import Captured
+from intervene.errors import ShapeMismatch
+from intervene.families import Tap
+from intervene.interventions import Bound
+from intervene.passes import Pass
+from intervene.sites import Site
+
+
+class Stop(BaseException):
+    """Ends a forward pass after the last captured site. Not an Exception: user code must not swallow it."""
+
+
+def _three_axes(h: Tensor, current: Pass) -> Tensor:
+    """Return h as (B, S, D): routers and some fully connected layers see (B*S, D), plain networks (B, D)."""
+    if h.dim() >= 3 and h.shape[:2] == (current.rows, current.length):
+        return h if h.dim() == 3 else h.flatten(2)
+    if h.dim() == 2 and len(h) == current.rows * current.length:
+        return h.view(current.rows, current.length, -1)
+    raise ShapeMismatch(
+        f"Activation of shape {tuple(h.shape)}: expected ({current.rows}, {current.length}, D), examples by tokens. "
+        "This module's axes are not examples and tokens (a batch_first=False network?), so positions mean nothing here."
+    )
+
+
+def _cut(h: Tensor, columns: slice | tuple[int, ...] | None) -> Tensor:
+    if columns is None:
+        return h
+    if isinstance(columns, slice):
+        return h.narrow(-1, columns.start, columns.stop - columns.start)
+    return h.index_select(-1, torch.tensor(columns, device=h.device))
+
+
+def _paste(h: Tensor, columns: slice | tuple[int, ...] | None, value: Tensor) -> Tensor:
+    if columns is None:
+        return value
+    if isinstance(columns, slice):
+        return torch.slice_scatter(h, value, dim=-1, start=columns.start, end=columns.stop)
+    return h.index_copy(-1, torch.tensor(columns, device=h.device), value)
+
+
+class Firing:
+    """One bound intervention inside one block: makes the edit and records what it did."""
+
+    def __init__(self, number: int, bound: Bound, source: Tensor | None, block: Block, recorder: Recorder) -> None:
+        self.number = number
+        self.bound = bound
+        self.source = source
+        self.block = block
+        self.recorder = recorder
+
+    def __call__(self, h: Tensor) -> Tensor | None:
+        current, again = self.block.pass_of_tap()
+        selection = current.selections[self.number]
+        if not again:
+            self.recorder.calls += 1
+        if selection is None:
+            return None
+        whole = _three_axes(h, current)
+        before = whole if selection.dense else whole[selection.rows, selection.columns]  # (B, P, D')
+        after = self._edited(before, current, selection)
+        if selection.dense:
+            if selection.mask is not None:
+                after = torch.where(selection.mask, after, before)
+            result = after
+        elif selection.valid is None:
+            result = whole.index_put((selection.rows, selection.columns), after)  # type: ignore[arg-type]
+        else:
+            assert selection.kept_rows is not None and selection.kept_columns is not None
+            result = whole.index_put((selection.kept_rows, selection.kept_columns), after[selection.valid])
+        if not again:
+            self.recorder.add(before, after, selection, self.bound.tap.columns)
+        return result.reshape(h.shape) if result.shape != h.shape else result
+
+    def _edited(self, before: Tensor, current: Pass, selection: Selection) -> Tensor:
+        """Return the module's rows (B, P, D') with the site's columns edited."""
+        tap, edit = self.bound.tap, self.bound.edit
+        site = _cut(before, tap.columns)  # (B, P, D)
+        if tap.scale != 1.0:
+            site = site * tap.scale
+        lens = self.bound.featurizer.lens()
+        z = lens.read(site)  # (B, P, K)
+        changed = lens.write(site, edit(z, self._other(edit, lens, z, current)))
+        if self.bound.when is not None:
+            mask = selection.mask
+            valid = (None if mask is None else mask[..., 0]) if selection.dense else selection.valid
+            changed = torch.where(self.bound.when(site, valid)[..., None], changed, site)
+        if tap.scale != 1.0:
+            changed = changed / tap.scale
+        return _paste(before, tap.columns, changed.to(before.dtype))
+
+    def _other(self, edit: Any, lens: Any, z: Tensor, current: Pass) -> Tensor | None:
+        if edit.draws:
+            if self.number not in current.draws:
+                current.draws[self.number] = edit.draw(z)
+            return current.draws[self.number]
+        if self.source is None:
+            return None
+        source = self.source
+        if len(source) != len(z):
+            source = source.repeat_interleave(len(z) // len(source), 0)
+        if source.shape[1] not in (1, z.shape[1]):
+            raise ShapeMismatch(
+                f"{self.bound.intervention}: the source has {source.shape[1]} positions, this pass edits {z.shape[1]}."
+            )
+        features: Tensor = lens.read(source)
+        return features
+
+
+class Reader:
+    """One captured site inside one block: copies the wanted rows; with `stop_at`, ends the pass once all are read."""
+
+    def __init__(self, number: int, site: Site, tap: Tap, block: Block, captured: Captured, stop_at: int | None) -> None:
+        self.number = number
+        self.site = site
+        self.tap = tap
+        self.block = block
+        self.captured = captured
+        self.stop_at = stop_at
+
+    def __call__(self, h: Tensor) -> None:
+        current, again = self.block.pass_of_tap()
+        if again:
+            return
+        selection = current.selections[self.number]
+        value = valid = None
+        if selection is not None:
+            whole = _three_axes(h, current)
+            rows = whole if selection.dense else whole[selection.rows, selection.columns]
+            value, valid = _cut(rows, self.tap.columns), selection.valid
+            if selection.dense:
+                value = value.clone()  # a later module may write in place (falcon adds attention to its MLP output)
+            if self.tap.scale != 1.0:
+                value = value * self.tap.scale
+        self.captured.add(self.site, value, valid)
+        current.read.add(self.number)
+        if self.stop_at is not None and len(current.read) == self.stop_at:
+            raise Stop
