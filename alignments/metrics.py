@@ -230,6 +230,7 @@ class Verdict:
         """Return the verdict as plain prose, one sentence, and a second one if the variable is trivial here."""
         where = "above it" if self.above else "NOT above it"
         text = f"{self.reported}, best trivial baseline {self.baseline}: {where}."
+        text = text[0].upper() + text[1:]
         return " ".join([text, *(_trivial_text(self.variable, name) for name in self.trivial)])
 
     def to_json(self) -> dict[str, Any]:

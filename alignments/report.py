@@ -21,6 +21,9 @@ from alignments.report_figures import Figure, comparison, heatmap, heatmap_summa
 from alignments.report_template import PAGE, SCRIPT, STYLE
 from alignments.rows import Row
 
+ABSENT = "-"  # what a table shows where there is no value
+WIDE = 7  # positions of a heatmap from which on half a page is too narrow for its numbers
+
 
 def write_report(
     path: str | Path,
@@ -103,7 +106,7 @@ def _variable_section(rows: Sequence[Row], figures: dict[str, Figure], *, named:
         parts.append(
             "<h2>Best cells against what needs no model</h2>\n"
             '<p class="soft">Each best cell was chosen on the select split and is shown on test. Thin ticks are single '
-            "seeds. The dashed line is the upper end of the best trivial baseline’s interval.</p>\n"
+            "seeds. The dashed line is the upper end of the best trivial baseline's interval.</p>\n"
             + _figure(name, "", summary, figures[name])
             + _baseline_table(best)
         )
@@ -189,19 +192,20 @@ def _shown_split(means: Sequence[SeedMean]) -> str:
 def _figure(name: str, caption: str, summary: str, figure: Figure) -> str:
     head = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     height = int(figure["layout"]["height"])
-    return (
-        f'<figure>{head}<div id="{name}" role="img" aria-label="{escape(summary)}" style="height: {height}px"></div>'
-        "</figure>\n"
-    )
+    wide = len(figure["data"][0]["x"]) > WIDE and figure["data"][0]["type"] == "heatmap"
+    drawn = f'<div id="{name}" role="img" aria-label="{escape(summary)}" style="height: {height}px"></div>'
+    return f"<figure{_class('wide' if wide else '')}>{head}{drawn}</figure>\n"
 
 
 def _baseline_table(best: Verdict) -> str:
     ordered = sorted(best.reported.baselines, key=lambda one: -one.value)
     lines = [
-        _line([(one.name, None, ""), (f"{one.value:.3f}", one.value, "number"), _interval(one), _whole(best.reported.n)])
+        _line(
+            [(one.name, None, ""), (f"{one.value:.3f}", one.value, "number"), _interval(one), _whole(best.reported.n)]
+        )
         for one in ordered
     ]
-    return _table(["Trivial baseline", "#Score", "#95 % interval", "#n"], lines)
+    return _table(["Trivial baseline", "#Score", "#95 % interval", "#n"], lines, narrow=True)
 
 
 def _cell_table(means: Sequence[SeedMean], chosen: set[Any]) -> str:
@@ -210,31 +214,34 @@ def _cell_table(means: Sequence[SeedMean], chosen: set[Any]) -> str:
     for mean in means:
         splits.setdefault(mean.cell, {})[mean.split] = mean
     ordered = sorted(splits.values(), key=lambda one: -one["select"].iia if "select" in one else 1)
+    reported = [one.get("test") or one.get("select") or one["train"] for one in ordered]
+    mixed = len({mean.split for mean in reported}) > 1
     lines = []
-    for one in ordered:
-        shown = one.get("test") or one.get("select") or next(iter(one.values()))
+    for one, shown in zip(ordered, reported, strict=True):
         select = one.get("select")
         baseline = shown.best_baseline
         accuracy = shown.task_accuracy
-        seeds = ", ".join(f"{value:.3f}" for value in shown.values)
+        seconds = sum(mean.seconds for mean in one.values())
+        seeds = ", ".join(f"{value:.2f}" for value in shown.values)
         entries: list[Entry] = [
-            (shown.method_text, None, "nowrap"),
+            (shown.method_text, None, "name"),
             (shown.cell.site, shown.layer, "nowrap"),
             (shown.position_label, None, ""),
-            ("–" if select is None else f"{select.iia:.3f}", None if select is None else select.iia, "number"),
-            (shown.split, None, ""),
+            (ABSENT if select is None else f"{select.iia:.3f}", None if select is None else select.iia, "number"),
+            *([(shown.split, None, "")] if mixed else []),
             (f"{shown.iia:.3f}", shown.iia, "number"),
             _interval(shown),
             _whole(shown.n),
             (seeds, min(shown.values), "number"),
-            (str(baseline), baseline.value, "nowrap"),
+            (f"{baseline.name} {baseline.value:.2f}", baseline.value, "nowrap"),
             ("above", 1, "yes") if shown.above_baselines else ("no", 0, ""),
-            ("–" if accuracy is None else f"{accuracy:.2f}", accuracy, "number"),
-            (f"{sum(mean.seconds for mean in one.values()):.1f}", sum(mean.seconds for mean in one.values()), "number"),
+            (ABSENT if accuracy is None else f"{accuracy:.2f}", accuracy, "number"),
+            (f"{seconds:.1f}", seconds, "number"),
         ]
         lines.append(_line(entries, "chosen" if shown.cell in chosen else ""))
-    heads = ["Method", "Site", "Position", "#Select IIA", "Split", "#IIA", "#95 % interval", "#n", "#Each seed"]
-    heads += ["Best trivial baseline", "Above it", "#Task accuracy", "#Seconds"]
+    score = ["Split", "#IIA"] if mixed else [f"#IIA on {reported[0].split}"]
+    heads = ["Method", "Site", "Position", "#On select", *score, "#95 % interval", "#n", "#Each seed"]
+    heads += ["Best trivial", "Above it", "#Task acc.", "#Seconds"]
     return (
         "<h2>Every cell</h2>\n"
         '<p class="soft">Best on select first; a press on a heading sorts. Marked lines are the cells chosen.</p>\n'
@@ -256,22 +263,27 @@ def _whole(number: int) -> Entry:
 def _line(entries: Sequence[Entry], css: str = "") -> str:
     cells = []
     for text, value, kind in entries:
-        sort = ("" if text == "–" else text) if value is None else repr(float(value))
-        attribute = f' class="{kind}"' if kind else ""
-        cells.append(f'<td{attribute} data-value="{escape(sort)}">{escape(text)}</td>')
-    return f"<tr{f' class="{css}"' if css else ''}>{''.join(cells)}</tr>"
+        sort = ("" if text == ABSENT else text) if value is None else repr(float(value))
+        cells.append(f'<td{_class(kind)} data-value="{escape(sort)}">{escape(text)}</td>')
+    return f"<tr{_class(css)}>{''.join(cells)}</tr>"
 
 
-def _table(heads: Sequence[str], lines: Sequence[str], *, sortable: bool = False) -> str:
+def _class(name: str) -> str:
+    return f' class="{name}"' if name else ""
+
+
+def _table(heads: Sequence[str], lines: Sequence[str], *, sortable: bool = False, narrow: bool = False) -> str:
+    """Return a table; a heading that begins with # heads a column of numbers."""
     cell: Callable[[str], str] = (lambda text: f'<button type="button">{text}</button>') if sortable else str
     shown = "".join(
-        f'<th scope="col"{" class='number'" if head.startswith("#") else ""}>{cell(escape(head.lstrip("#")))}</th>'
+        f'<th scope="col"{_class("number" if head.startswith("#") else "")}>{cell(escape(head.lstrip("#")))}</th>'
         for head in heads
     )
     body = "\n".join(lines)
+    opening = f"<table{_class('narrow' if narrow else '')}>"
     return (
-        '<div class="scroll" tabindex="0" role="region" aria-label="Table">'
-        f"<table><thead><tr>{shown}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Table">{opening}'
+        f"<thead><tr>{shown}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
     )
 
 
@@ -294,7 +306,7 @@ def _entries(values: Mapping[str, Any], sources: Mapping[str, str] | None = None
         if sources:
             entries.append((sources.get(name, ""), None, ""))
         lines.append(_line(entries))
-    return _table(["Name", "Value", *(["From"] if sources else [])], lines)
+    return _table(["Name", "Value", *(["From"] if sources else [])], lines, narrow=True)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -302,9 +314,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     for name, value in values.items():
         if isinstance(value, Mapping):
             flat += _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list | tuple) and value and all(isinstance(one, Mapping) for one in value):
+            flat += _flat({str(number): one for number, one in enumerate(value, start=1)}, f"{prefix}{name}.")
         else:
             text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            flat.append((f"{prefix}{name}", "–" if value is None else text))
+            flat.append((f"{prefix}{name}", ABSENT if value is None else text))
     return flat
 
 

@@ -6,8 +6,9 @@ comes from a task or a model is escaped, because Plotly reads a little HTML in l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 from alignments.metrics import SeedMean, Verdict
@@ -21,8 +22,8 @@ KINDS = {
     "control": ("#d6832b", "diamond"),
     "baseline": ("#868c96", "square"),
 }
-# Blue-green to yellow, never near-black nor near-white, so that the ends stand out on both pages.
-SCALE = [[0.0, "#414487"], [0.25, "#2f6c8e"], [0.5, "#21918c"], [0.75, "#6ccd5a"], [1.0, "#fde725"]]
+# Blue over green to yellow, never near-black nor near-white, so that both ends stand out on both pages.
+SCALE = ((0.0, "#414487"), (0.25, "#2f6c8e"), (0.5, "#21918c"), (0.75, "#6ccd5a"), (1.0, "#fde725"))
 
 
 def kind_of_site(mean: SeedMean) -> str:
@@ -42,32 +43,69 @@ def heatmap(means: Sequence[SeedMean], chosen: SeedMean | None) -> Figure:
     layers = sorted({mean.layer for mean in means}, key=lambda layer: -1 if layer is None else layer)
     at = {(mean.layer, mean.cell.positions): mean for mean in means}
     grid = [[at.get((layer, column)) for column in columns] for layer in layers]
-    rows = ["no layer" if layer is None else f"L{layer}" for layer in layers]
+    rows = [_layer_name(layer) for layer in layers]
     trace = {
         "type": "heatmap",
         "x": [escape(labels[column]) for column in columns],
         "y": rows,
         "z": [[None if mean is None else mean.iia for mean in line] for line in grid],
-        "text": [[_cell_text(mean) for mean in line] for line in grid],
         "hovertext": [[_hover(mean) for mean in line] for line in grid],
-        "texttemplate": "%{text}",
         "hovertemplate": "%{hovertext}<extra></extra>",
         "hoverongaps": False,
-        "colorscale": SCALE,
+        "colorscale": [list(stop) for stop in SCALE],
         "zmin": 0,
         "zmax": 1,
         "xgap": 2,
         "ygap": 2,
-        "colorbar": {"thickness": 10, "outlinewidth": 0, "tickvals": [0, 0.25, 0.5, 0.75, 1], "title": {"text": "IIA"}},
+        "colorbar": {"thickness": 10, "outlinewidth": 0, "tickvals": [0, 0.25, 0.5, 0.75, 1]},
     }
     layout = _layout(height=110 + 28 * max(len(rows), 3))
-    layout["xaxis"] |= {"type": "category", "title": {"text": "position"}, "showgrid": False, "side": "bottom"}
-    layout["yaxis"] |= {"type": "category", "title": {"text": "layer"}, "showgrid": False}
+    # Ranges are given because the texts would otherwise pad them.
+    layout["xaxis"] |= {"type": "category", "title": {"text": "position"}, "range": [-0.5, len(columns) - 0.5]}
+    layout["yaxis"] |= {"type": "category", "title": {"text": "layer"}, "range": [-0.5, len(rows) - 0.5]}
+    for axis in ("xaxis", "yaxis"):
+        layout[axis]["showgrid"] = False
     if chosen is not None and (chosen.layer, chosen.cell.positions) in at:
         column, row = columns.index(chosen.cell.positions), layers.index(chosen.layer)
         box = {"x0": column - 0.5, "x1": column + 0.5, "y0": row - 0.5, "y1": row + 0.5}
         layout["shapes"] = [{"type": "rect", **box, "line": {"width": 3}}]
-    return {"data": [trace], "layout": layout}
+    names = {mean.cell.positions: escape(labels[mean.cell.positions]) for mean in means}
+    return {"data": [trace, _cell_texts(means, names)], "layout": layout}
+
+
+def _cell_texts(means: Sequence[SeedMean], names: Mapping[str, str]) -> Figure:
+    """Return the numbers in the cells as a trace of their own: a heatmap's texts can have only one colour."""
+    return {
+        "type": "scatter",
+        "mode": "text",
+        "x": [names[mean.cell.positions] for mean in means],
+        "y": [_layer_name(mean.layer) for mean in means],
+        "text": [f"{mean.iia:.2f}{'*' if mean.above_baselines else ''}" for mean in means],
+        "textfont": {"color": [ink_on(mean.iia) for mean in means]},
+        "hoverinfo": "skip",
+        "showlegend": False,
+    }
+
+
+def colour_at(value: float) -> tuple[float, float, float]:
+    """Return the scale's red, green and blue (0 to 1) at a value from 0 to 1, interpolated as Plotly does."""
+    value = min(max(value, 0.0), 1.0)
+    (left, low), (right, high) = next(pair for pair in pairwise(SCALE) if value <= pair[1][0])
+    share = (value - left) / (right - left)
+    a, b = ([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)] for colour in (low, high))
+    red, green, blue = (x + share * (y - x) for x, y in zip(a, b, strict=True))
+    return red, green, blue
+
+
+def luminance(colour: tuple[float, float, float]) -> float:
+    """Return the relative luminance of an sRGB colour. Source: WCAG 2.2, "relative luminance"."""
+    linear = [one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in colour]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def ink_on(value: float) -> str:
+    """Return black or white, whichever contrasts more with the cell: always at least 4.5 to 1."""
+    return "#000000" if (luminance(colour_at(value)) + 0.05) ** 2 > 1.05 * 0.05 else "#ffffff"
 
 
 def heatmap_summary(means: Sequence[SeedMean]) -> str:
@@ -155,8 +193,8 @@ def _entry_name(mean: SeedMean) -> str:
     return f"{escape(mean.method_text)}<br>{escape(mean.cell.site)} @ {escape(mean.position_label)}"
 
 
-def _cell_text(mean: SeedMean | None) -> str:
-    return "" if mean is None else f"{mean.iia:.2f}{'*' if mean.above_baselines else ''}"
+def _layer_name(layer: int | None) -> str:
+    return "no layer" if layer is None else f"L{layer}"
 
 
 def _hover(mean: SeedMean | None) -> str:

@@ -43,11 +43,16 @@ button:focus-visible, summary:focus-visible, .scroll:focus-visible { outline: 2p
 .verdict ul { margin: 8px 0 0; padding-left: 20px; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 24px; }
 figure { margin: 12px 0 0; min-width: 0; }
+figure.wide { grid-column: 1 / -1; }
 figcaption { font-weight: 600; font-size: 0.95rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.875rem; width: 100%; }
-th, td { text-align: left; padding: 5px 10px; border-bottom: 1px solid var(--line); vertical-align: top; }
+.scroll { overflow: auto; max-height: 40rem; }
+.scroll:has(table.narrow) { max-height: none; }
+.scroll thead th { position: sticky; top: 0; background: var(--page); }
+table { border-collapse: collapse; font-size: 0.84rem; width: 100%; }
+table.narrow { width: auto; min-width: min(100%, 480px); margin-top: 12px; }
+th, td { text-align: left; padding: 5px 8px; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.number, th.number { text-align: right; white-space: nowrap; }
+td.name { min-width: 7.5rem; }
 td.nowrap { white-space: nowrap; }
 thead th { color: var(--soft); font-weight: 600; white-space: nowrap; border-bottom-width: 2px; }
 thead button { background: none; border: 0; padding: 0; font-weight: inherit; }
@@ -59,7 +64,7 @@ tr.chosen td { background: var(--panel); font-weight: 600; }
 details { border: 1px solid var(--line); border-radius: 6px; padding: 8px 14px; margin: 12px 0; }
 summary { cursor: pointer; font-weight: 600; }
 footer { margin: 40px 0 32px; }
-@media print { #theme { display: none; } .scroll { overflow: visible; } }
+@media print { #theme { display: none; } .scroll { overflow: visible; max-height: none; } }
 """
 
 SCRIPT = """

@@ -12,10 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -32,8 +33,10 @@ class OpCounter(TorchDispatchMode):
         return self.names.total()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names[str(func)] += 1
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves((args, kwargs, out))):
+            self.names[str(func)] += 1  # what only compares dtypes is no work
+        return out
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,15 @@ class Parts:
     embedding: nn.Module
     blocks: Sequence[nn.Module]
     norm: nn.Module
+
+
+class HasTotal(Protocol):
+    """A counter that can be read at any moment."""
+
+    @property
+    def total(self) -> int:
+        """What was counted so far."""
+        ...
 
 
 @dataclass
@@ -76,18 +88,13 @@ class ForwardCost:
 class ForwardMeter:
     """Notes calls of a model's parts inside its `with` block, without a hook.
 
-    Several peers remove every hook on a model, so the classes' `forward` is replaced instead and put back on exit.
+    Several peers remove every hook on a model, so the modules' `forward` is replaced instead and put back on exit.
     """
 
-    def __init__(self, parts: Parts, counter: OpCounter) -> None:
+    def __init__(self, parts: Parts, counter: HasTotal) -> None:
         self.parts, self.counter = parts, counter
         self.passes = Passes(blocks=[0] * len(parts.blocks))
         self._starts: list[int] = []
-        self._roles: dict[int, Callable[[], None]] = {
-            id(parts.embedding): self._embedding,
-            id(parts.norm): self._norm,
-            **{id(block): functools.partial(self._block, index) for index, block in enumerate(parts.blocks)},
-        }
         self._stack = ExitStack()
 
     def _embedding(self) -> None:
@@ -102,31 +109,29 @@ class ForwardMeter:
         self._starts.append(self.counter.total)
 
     def __enter__(self) -> ForwardMeter:
-        for kind in {type(module) for module in (self.parts.embedding, *self.parts.blocks, self.parts.norm)}:
-            self._watch(kind)
+        self._watch(self.parts.embedding, self._embedding)
+        for index, block in enumerate(self.parts.blocks):
+            self._watch(block, functools.partial(self._block, index))
+        self._watch(self.parts.norm, self._norm)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def _watch(self, kind: type[Any]) -> None:
-        original, own = kind.forward, "forward" in vars(kind)
-        roles = self._roles
+    def _watch(self, module: nn.Module, note: Callable[[], None]) -> None:
+        original, own = module.forward, vars(module).get("forward")
 
         @functools.wraps(original)
-        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            note = roles.get(id(module))
-            if note is not None:
-                note()
-            return original(module, *args, **kwargs)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            note()
+            return original(*args, **kwargs)
 
         def restore() -> None:
-            if own:
-                kind.forward = original
-            else:
-                del kind.forward
+            del vars(module)["forward"]
+            if own is not None:
+                vars(module)["forward"] = own
 
-        kind.forward = forward
+        vars(module)["forward"] = forward  # not by attribute: wrappers redirect those
         self._stack.callback(restore)
 
     def cost(self) -> ForwardCost:

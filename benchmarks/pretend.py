@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "pretend"
 
@@ -38,9 +38,16 @@ INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 COPIES = {"_to_copy", "copy_", "copy"}
 
 
+class _Module(_DummyBackendModule):  # type: ignore[misc]
+    """What torch asks of a device's Python module."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+
 def register() -> torch.device:
     """Make the pretend device known to torch, for the rest of this process, and return it."""
-    _setup_privateuseone_for_python_backend(NAME)
+    _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
     return torch.device(NAME, 0)
 
 
@@ -81,6 +88,11 @@ class HostCounter(TorchDispatchMode):
         super().__init__()
         self.reads: Counter[str] = Counter()
         self.uploads: Counter[str] = Counter()
+
+    @property
+    def total(self) -> int:
+        """Reads and uploads so far."""
+        return self.reads.total() + self.uploads.total()
 
     def __enter__(self) -> HostCounter:
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(list, device=...) makes its upload where we see it

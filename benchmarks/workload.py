@@ -6,7 +6,11 @@ every block before the output projection, and `steer`, which acts on the middle 
 
 from __future__ import annotations
 
+import atexit
 import copy
+import functools
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -149,15 +153,15 @@ def make_model(name: str, *, width: int, layers: int, vocabulary: int) -> nn.Mod
     return model.eval()
 
 
+@functools.cache
 def token_names(vocabulary: int) -> Any:
     """Return a tokenizer that names token i "t<i>": two peers insist on a tokenizer, none is used."""
-    import tempfile
-
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     words = models.WordLevel({f"t{i}": i for i in range(vocabulary)}, unk_token="t0")
     marks = {"bos_token": "t1", "eos_token": "t2", "pad_token": "t0", "unk_token": "t0"}
-    with tempfile.TemporaryDirectory() as folder:
-        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), **marks).save_pretrained(folder)
-        return PreTrainedTokenizerFast.from_pretrained(folder)
+    folder = tempfile.mkdtemp()  # one peer loads the tokenizer again from where it came
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), **marks).save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)

@@ -16,14 +16,16 @@ from intervene.errors import NotApplied
 from intervene.interventions import Bound
 from intervene.passes import Selection
 
-FOLD = 64  # firings kept before they are summed: bounds memory in long training or generation
+FOLD = 64  # firings kept before they are summed,
+KEPT = 2**22  # or numbers: bounds memory in long training or generation
 
 
 @dataclass(frozen=True)
 class Report:
     """What one intervention did in a block.
 
-    `calls`: how often its module ran. `tokens`: tokens it was applied to. `elements`: numbers that changed.
+    `calls`: how often its module ran. `tokens`: tokens it was applied to, never padding, and only where its condition
+    held; a token that several passes compute counts in each. `elements`: numbers that changed.
     `relative_norm`: mean over those tokens of |change| / |activation before|, at the module's tensor.
     """
 
@@ -41,65 +43,88 @@ class Report:
         )
 
 
+class _Sum:
+    """A running sum whose terms may lie on devices; nothing is read back before `value` is asked for."""
+
+    def __init__(self) -> None:
+        self.known = 0
+        self.terms: dict[torch.device, Tensor] = {}
+
+    def add(self, term: int | Tensor) -> None:
+        if isinstance(term, int):
+            self.known += term
+        elif term.device in self.terms:
+            self.terms[term.device] = self.terms[term.device] + term
+        else:
+            self.terms[term.device] = term
+
+    @property
+    def value(self) -> float:
+        return self.known + sum(float(term) for term in self.terms.values())
+
+
 class Recorder:
     """Collects what one bound intervention does."""
 
     def __init__(self, bound: Bound) -> None:
         self.bound = bound
         self.calls = 0
-        self.tokens: int = 0
-        self._masked: list[Tensor] = []
+        self._selected, self._held, self._elements, self._ratio = _Sum(), _Sum(), _Sum(), _Sum()
+        self._masks: list[Tensor] = []  # selections not yet counted
         self._pending: list[tuple[Tensor, ...]] = []
         self._later: list[tuple[Tensor, Tensor, Tensor | None]] = []
-        self._elements: Tensor | None = None
-        self._ratio: Tensor | None = None
+        self._kept = 0  # numbers in _later
 
     @torch.no_grad()
-    def add(self, before: Tensor, after: Tensor, selection: Selection, columns: slice | tuple[int, ...] | None) -> None:
-        """Record one firing: activations before and after, (B, P, D)."""
+    def add(self, before: Tensor, after: Tensor, selection: Selection, applies: Tensor | None) -> None:
+        """Record one firing: activations before and after, (B, P, D), and where a condition held, (B, P) or None."""
         if selection.tokens is not None:
-            self.tokens += selection.tokens
+            self._selected.add(selection.tokens)
         else:
             assert selection.mask is not None
-            self._masked.append(selection.mask)
-        if selection.dense:  # the model may write into `after` later, so it is measured now
-            change = after - before
-            norms = torch.linalg.vector_norm(change, dim=-1), torch.linalg.vector_norm(before, dim=-1)
-            self._pending.append((*norms, torch.count_nonzero(change)))
+            self._masks.append(selection.mask)
+        if applies is not None:
+            self._held.add(applies.sum())
+        if selection.dense or after._is_view():  # the model or an optimizer may write into them: measured now
+            self._measure(before, after, selection.valid)
         else:  # private copies of a few rows: measured when asked
             kept = before.detach() if before.requires_grad else before
             self._later.append((kept, after.detach() if after.requires_grad else after, selection.valid))
-        if len(self._pending) + len(self._later) + len(self._masked) >= FOLD:
+            self._kept += before.numel() + after.numel()
+        if len(self._pending) + len(self._later) >= FOLD or self._kept > KEPT:
             self._fold()
+
+    def _measure(self, before: Tensor, after: Tensor, valid: Tensor | None) -> None:
+        change = after - before
+        if valid is not None:
+            change = change * valid[..., None]
+        norms = torch.linalg.vector_norm(change, dim=-1), torch.linalg.vector_norm(before, dim=-1)
+        self._pending.append((*norms, torch.count_nonzero(change)))
 
     def _fold(self) -> None:
         for before, after, valid in self._later:
-            change = after - before
-            if valid is not None:
-                change = change * valid[..., None]
-            norms = torch.linalg.vector_norm(change, dim=-1), torch.linalg.vector_norm(before, dim=-1)
-            self._pending.append((*norms, torch.count_nonzero(change)))
+            self._measure(before, after, valid)
         for moved, stood, count in self._pending:
-            ratio = (moved.double() / stood.double().clamp_min(1e-30)).sum()
-            self._ratio = ratio if self._ratio is None else self._ratio + ratio.to(self._ratio.device)
-            self._elements = count if self._elements is None else self._elements + count.to(self._elements.device)
-        self.tokens += sum(int(mask.sum()) for mask in self._masked)
-        self._masked, self._pending, self._later = [], [], []
+            self._ratio.add((moved.double() / stood.double().clamp_min(1e-30)).sum())
+            self._elements.add(count)
+        for mask in self._masks:
+            self._selected.add(mask.sum())
+        self._masks, self._pending, self._later, self._kept = [], [], [], 0
 
     @torch.no_grad()
     def report(self) -> Report:
         """Return the sums so far (reads from the device)."""
         self._fold()
-        ratio = 0.0 if self._ratio is None or not self.tokens else float(self._ratio) / self.tokens
-        elements = 0 if self._elements is None else int(self._elements)
-        item = self.bound.intervention
-        return Report(str(self.bound.tap.site), type(item.edit).__name__, self.calls, self.tokens, elements, ratio)
+        tokens = int((self._selected if self.bound.when is None else self._held).value)
+        ratio = self._ratio.value / tokens if tokens else 0.0
+        edit = type(self.bound.intervention.edit).__name__
+        return Report(str(self.bound.tap.site), edit, self.calls, tokens, int(self._elements.value), ratio)
 
     def touched(self) -> bool:
         """Return whether at least one token was selected; reads the device only if a mask leaves it open."""
-        if not self.tokens and self._masked:
+        if not self._selected.known:
             self._fold()
-        return self.tokens > 0
+        return bool(self._selected.known) or self._selected.value > 0
 
 
 class Applied:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from intervene.errors import AmbiguousForward, UnknownFamily
-from intervene.families import locate, unwrap
+from intervene.errors import AmbiguousForward, UnknownFamily, UnsupportedModel
+from intervene.families import Tap, locate, unwrap
+from intervene.forward_inputs import arguments, padding_mask
 from intervene.hooks import watch_call
-from intervene.passes import Pass, Target, Tracker, arguments
+from intervene.locate import walk
+from intervene.passes import Pass, Target, Tracker
 
 Batch = Mapping[str, Any]
+_FROM_WRAPPERS = ("labels", "use_cache", "attention_mask", "logits_to_keep", "input_ids")
 
 
 class Block:
-    """What `capture` and `intervene` share: hooks that follow passes, and the pass a tap belongs to."""
+    """What `capture` and `intervene` share: hooks that follow passes, and the pass a tap belongs to.
+
+    Gradient checkpointing runs layers again during backward, where no pass is under way. A pass is then known by the
+    gradient that reaches its output: `begun` are the passes whose output the backward in progress has reached, and
+    each of them runs each tap again at most once.
+    """
 
     def __init__(self, model: nn.Module, targets: Sequence[Target], prompt: Batch | None) -> None:
         self.model = model
@@ -27,7 +36,8 @@ class Block:
         self.outer: dict[str, Any] = {}  # arguments seen by wrappers, labels among them
         self.current: Pass | None = None
         self.awaiting: list[Pass] = []  # passes whose backward may run them again
-        self.replaying: Pass | None = None
+        self.begun: list[Pass] = []
+        self.backward = -1  # autograd's number of the backward in progress
         self.open = True
         self.passes = 0
 
@@ -49,44 +59,58 @@ class Block:
         self.outer.update({name: value for name, value in named.items() if value is not None})
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = {name: value for name, value in self.outer.items() if name in ("labels", "use_cache", "attention_mask")}
-        inner = arguments(self.backbone, args, kwargs)
-        named.update({name: value for name, value in inner.items() if value is not None or name not in named})
+        outer = {name: value for name, value in self.outer.items() if name in _FROM_WRAPPERS}
         self.outer.clear()
-        self.awaiting, self.replaying = [past for past in self.awaiting if past is not self.replaying], None
+        self.current = None
+        inner = arguments(self.backbone, args, kwargs)
+        named = {**outer, **{name: value for name, value in inner.items() if value is not None}}
+        if padding_mask(outer, 0) is not None:  # some models hand their backbone a mask of another form
+            named["attention_mask"] = outer["attention_mask"]
+        ids, embedded = named.get("input_ids"), inner.get("inputs_embeds")
+        if isinstance(ids, Tensor) and isinstance(embedded, Tensor) and ids.shape[:2] != embedded.shape[:2]:
+            del named["input_ids"]  # what runs is not what the wrapper was given
+        self.awaiting = [past for past in self.awaiting if past not in self.begun]
+        self.begun = []
         self.current = self.tracker.begin(named)
         self.passes += 1
 
     def _end(self, output: Any) -> None:
         finished, self.current = self.current, None
-        if finished is None or not torch.is_grad_enabled() or not self._checkpointing():
+        if finished is None or output is None:  # a pass that was refused or raised
+            return
+        self.tracker.finish(output)
+        if not torch.is_grad_enabled() or not self._checkpointing():
             return
         self.awaiting.append(finished)
-        last = output if isinstance(output, Tensor) else output[0] if output is not None else None
-        if isinstance(last, Tensor) and last.requires_grad:
-            last.register_hook(self._backward_begins)
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(partial(self._backward_reaches, finished))  # type: ignore[no-untyped-call]
 
     def _checkpointing(self) -> bool:
         modules = [self.backbone, *self.layers]
         return any(getattr(m, "gradient_checkpointing", False) and m.training for m in modules)
 
-    def _backward_begins(self, grad: Tensor) -> Tensor:
+    def _backward_reaches(self, finished: Pass, grad: Tensor) -> None:
         if not self.open:
             raise AmbiguousForward(
                 "backward() after the block has ended: gradient checkpointing runs the layers again, now without the "
                 "interventions, and its gradients would be wrong. Call backward() inside the block."
             )
-        return grad
+        number = torch._C._current_graph_task_id()
+        if number != self.backward:
+            self.backward, self.begun = number, []
+        if finished not in self.begun:
+            finished.replayed.clear()
+            self.begun.append(finished)
 
-    def pass_of_tap(self) -> tuple[Pass, bool]:
-        """Return the pass a firing tap belongs to, and whether checkpointing is running it again."""
+    def pass_of_tap(self, number: int) -> tuple[Pass, bool]:
+        """Return the pass that firing tap `number` belongs to, and whether checkpointing is running it again."""
         if self.current is not None:
             return self.current, False
-        waiting = [past for past in self.awaiting if past is not self.replaying]
+        waiting = [past for past in self.begun if number not in past.replayed] or self.awaiting
         if len(waiting) == 1:
-            self.replaying = waiting[0]
-        if self.replaying is not None and len(waiting) < 2:
-            return self.replaying, True
+            waiting[0].replayed.add(number)
+            return waiting[0], True
         if not waiting:
             raise AmbiguousForward(
                 f"A hooked module of {type(self.hf).__name__} ran outside the model's own forward pass, so its "
@@ -98,6 +122,16 @@ class Block:
         )
 
 
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a module's output."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (tuple, list)):
+        for item in output:
+            yield from _tensors(item)
+    elif isinstance(output, Mapping):
+        for item in output.values():
+            yield from _tensors(item)
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, nn.Module, Sequence[nn.Module]]:
@@ -111,3 +145,22 @@ def _parts(model: nn.Module) -> tuple[nn.Module, nn.Module, Sequence[nn.Module]]
         inner = unwrap(model)
         return inner, inner, ()
     return located.hf, located.backbone, located.layers
+
+
+def check_axes(model: nn.Module, tap: Tap) -> None:
+    """Refuse a module whose first axis is time: its positions would be examples, silently.
+
+    Raises:
+        UnsupportedModel: the tap's module, or one it lies in, has `batch_first=False`.
+    """
+    names = tap.path.split(".")
+    inside = [(model, "the model"), (unwrap(model), "the model"), (tap.module, tap.path)]
+    inside += [
+        (module, path) for n in range(len(names)) if (module := walk(unwrap(model), path := ".".join(names[:n])))
+    ]
+    for module, name in inside:
+        if getattr(module, "batch_first", True) is False:
+            raise UnsupportedModel(
+                f"Site {tap.site}: {name}, a {type(module).__name__}, has batch_first=False, so its tensors are tokens "
+                "by examples. Make it with batch_first=True."
+            )

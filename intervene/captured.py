@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from intervene.errors import NotApplied
+from intervene.errors import NotApplied, asked_found_do
 from intervene.sites import Site
 
 
@@ -32,9 +32,10 @@ class Captured(Mapping["Site | str", Tensor]):
     passes, in order (None where a pass held none of the positions).
     """
 
-    def __init__(self, sites: Sequence[Site]) -> None:
+    def __init__(self, sites: Sequence[Site], resolved: Sequence[Site] | None = None) -> None:
         self._values: dict[Site, list[Tensor | None]] = {site: [] for site in sites}
         self._valid: dict[Site, list[Tensor | None]] = {site: [] for site in sites}
+        self._names = dict(zip(sites if resolved is None else resolved, sites, strict=True))  # "L2..." of "L-1..."
 
     def add(self, site: Site, value: Tensor | None, valid: Tensor | None) -> None:
         self._values[site].append(value)
@@ -42,6 +43,7 @@ class Captured(Mapping["Site | str", Tensor]):
 
     def _key(self, site: Site | str) -> Site:
         parsed = Site.parse(site)
+        parsed = parsed if parsed in self._values else self._names.get(parsed, parsed)
         if parsed not in self._values:
             raise KeyError(f"{parsed} was not captured; these were: {', '.join(map(str, self._values))}")
         return parsed
@@ -55,13 +57,18 @@ class Captured(Mapping["Site | str", Tensor]):
         return self._valid[self._key(site)][-1]
 
     def __getitem__(self, site: Site | str) -> Tensor:
-        values = [value for value in self._values[self._key(site)] if value is not None]
-        if len(values) != 1:
-            raise NotApplied(
-                f"Capture of {site}: {len(values)} forward passes computed it. "
-                + ("Run the model inside the block." if not values else "Use acts.every(site) for all of them.")
-            )
-        return values[0]
+        every = self._values[self._key(site)]
+        values = [value for value in every if value is not None]
+        if len(values) == 1:
+            return values[0]
+        if values:
+            found, do = f"{len(values)} forward passes computed it.", "Use acts.every(site) for all of them."
+        elif every:
+            found = f"its module ran {len(every)} times, but none of those passes held the positions."
+            do = "Choose positions that the inputs contain."
+        else:
+            found, do = "no forward pass computed it.", "Run the model inside the block."
+        raise NotApplied(asked_found_do(f"Capture of {site}", found, do))
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self._values)

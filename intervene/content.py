@@ -117,7 +117,7 @@ class Match(Positions):
     target: str | tuple[int, ...]
     occurrence: int = 0
     token: int | None = None
-    tokenizer: Any = field(default=None, repr=False)
+    tokenizer: Any = field(default=None, repr=False, hash=False)
 
     def __init__(
         self, target: str | Sequence[int], *, tokenizer: Any = None, occurrence: int = 0, token: int | None = None

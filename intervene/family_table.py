@@ -263,6 +263,23 @@ def _falcon(config: Any) -> Family:
     )
 
 
+_BARE = Family(  # a stack of blocks and nothing that has a name inside them: the networks of intervene.networks
+    backbones=("",),
+    final_norm=None,
+    embedding="",
+    attention=None,
+    q_proj=None,
+    k_proj=None,
+    v_proj=None,
+    o_proj=None,
+    mlp=None,
+    act=None,
+    gate_proj=None,
+    up_proj=None,
+    down_proj=None,
+    kv_heads=None,
+)
+
 FAMILIES: dict[str, FamilyOrFunction] = {
     "bloom": _bloom,
     "falcon": _falcon,
@@ -273,9 +290,11 @@ FAMILIES: dict[str, FamilyOrFunction] = {
     "gpt_neo": _GPT_NEO,
     "gpt_neox": _GPT_NEOX,
     "gpt_oss": replace(_MOE, router="mlp.router"),
+    "gru": _BARE,
     "granite": replace(_LLAMA, write_scale="residual_multiplier"),
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "mlp": _BARE,
     "mixtral": _mixtral,
     "olmo2": _POST_NORMS,
     "opt": _OPT,

@@ -15,9 +15,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from intervene.errors import BadVector, ShapeMismatch, SiteOutOfRange
+from intervene.errors import BadVector, InterveneError, ShapeMismatch, SiteOutOfRange
+from intervene.precision import compute_dtype, contiguous, full_precision
 
-ORTHONORMAL_TOLERANCE = 1e-4
+ORTHONORMAL_TOLERANCE = 1e-4  # beyond it a given frame is refused
+AS_GIVEN_TOLERANCE = 1e-5  # within it a weight that does not learn is its own frame, bit for bit
 
 
 class Featurizer(nn.Module):
@@ -88,11 +90,6 @@ class Coordinates(Featurizer):
         return h.index_copy(-1, self.indices, z.to(h.dtype))
 
 
-def compute_dtype(h: Tensor) -> torch.dtype:
-    """Return the dtype in which frames are applied to `h`: fp32, or fp64 if `h` is."""
-    return torch.promote_types(h.dtype, torch.float32)
-
-
 class _Frame(Featurizer):
     """A subspace whose frame is already evaluated: what `Subspace.lens` returns."""
 
@@ -102,14 +99,16 @@ class _Frame(Featurizer):
 
     def read(self, h: Tensor) -> Tensor:
         dtype = compute_dtype(h)
-        return h.to(dtype) @ self.evaluated.to(dtype)  # (B, P, K)
+        with full_precision(h):
+            return h.to(dtype) @ self.evaluated.to(dtype)  # (B, P, K)
 
     def write(self, h: Tensor, z: Tensor) -> Tensor:
         # h + (z - read(h)) Q^T, not h - read(h) Q^T + z Q^T: what lies outside the subspace is never recomputed.
         dtype = compute_dtype(h)
         frame = self.evaluated.to(dtype)
         wide = h.to(dtype)
-        return (wide + (z.to(dtype) - wide @ frame) @ frame.mT).to(h.dtype)
+        with full_precision(h):
+            return (wide + (z.to(dtype) - wide @ frame) @ frame.mT).to(h.dtype)
 
 
 def orthonormal(weight: Tensor) -> Tensor:
@@ -119,7 +118,28 @@ def orthonormal(weight: Tensor) -> Tensor:
     """
     wide = weight.to(compute_dtype(weight))
     q, r = torch.linalg.qr(wide)
-    return q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+    frame: Tensor = q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+    return frame
+
+
+def orthonormal_error(frame: Tensor) -> float:
+    """Return the largest entry of |Q^T Q - 1| of `frame` (D, K), NaN if it holds NaN; reads from the device."""
+    with torch.no_grad(), full_precision(frame):
+        wide = frame.double()
+        gram = wide.mT @ wide
+        return float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max())
+
+
+def _checked_frame(frame: Tensor) -> Tensor:
+    if frame.dim() != 2 or not 1 <= frame.shape[1] <= frame.shape[0]:
+        raise ShapeMismatch(f"Frame of shape {tuple(frame.shape)}: need (D, K) with 1 <= K <= D. Transpose it?")
+    error = orthonormal_error(frame)
+    if not error <= ORTHONORMAL_TOLERANCE:
+        raise BadVector(
+            f"Frame: its columns are off orthonormal by {error:.1e}. "
+            "Pass torch.linalg.qr(frame).Q if only the span matters."
+        )
+    return frame
 
 
 class Subspace(Featurizer):
@@ -144,28 +164,31 @@ class Subspace(Featurizer):
             raise ShapeMismatch(f"Subspace of rank {rank} in width {width}: the rank must be 1 to {width}.")
         generator = torch.Generator().manual_seed(seed)
         weight = torch.randn(width, rank, generator=generator, dtype=torch.float32)
-        self.weight = nn.Parameter(orthonormal(weight), requires_grad=trainable)
+        self._hold(orthonormal(weight), trainable)
+
+    def _hold(self, weight: Tensor, trainable: bool) -> None:
+        self.weight = nn.Parameter(contiguous(weight), requires_grad=trainable)
+        self._fixed: tuple[tuple[int, int, bool], Tensor] | None = None  # the frame of a weight that does not learn
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, *, trainable: bool = True) -> Subspace:
+        """Return the subspace spanned by the columns of any `weight` (D, K) of full rank, kept as it is."""
+        if weight.dim() != 2 or not 1 <= weight.shape[1] <= weight.shape[0]:
+            raise ShapeMismatch(f"Weight of shape {tuple(weight.shape)}: need (D, K) with 1 <= K <= D. Transpose it?")
+        made = cls.__new__(cls)  # not cls(D, K): a random D x D frame takes seconds
+        nn.Module.__init__(made)
+        made._hold(weight.detach().float().clone(), trainable)
+        return made
 
     @classmethod
     def from_frame(cls, frame: Tensor, *, trainable: bool = False) -> Subspace:
-        """Return the subspace spanned by the orthonormal columns of `frame` (D, K).
+        """Return the subspace spanned by the orthonormal columns of `frame` (D, K), on the device of `frame`.
 
         Raises:
-            ShapeMismatch: `frame` is not a (D, K) matrix with K <= D.
+            ShapeMismatch: `frame` is not a (D, K) matrix with 1 <= K <= D.
             BadVector: its columns are not orthonormal to 1e-4, or not finite.
         """
-        if frame.dim() != 2 or frame.shape[1] > frame.shape[0]:
-            raise ShapeMismatch(f"Frame of shape {tuple(frame.shape)}: need (D, K) with K <= D. Transpose it?")
-        gram = frame.float().mT @ frame.float()
-        error = float((gram - torch.eye(len(gram), device=gram.device)).abs().max())
-        if not error <= ORTHONORMAL_TOLERANCE:
-            raise BadVector(
-                f"Frame: its columns are off orthonormal by {error:.1e}. "
-                "Pass torch.linalg.qr(frame).Q if only the span matters."
-            )
-        made = cls(frame.shape[0], frame.shape[1], trainable=trainable)
-        made.weight.data.copy_(frame)
-        return made
+        return cls.from_weight(_checked_frame(frame), trainable=trainable)
 
     @property
     def width(self) -> int:
@@ -180,10 +203,21 @@ class Subspace(Featurizer):
         return self.rank
 
     def frame(self) -> Tensor:
-        """Return the orthonormal (D, K) frame, differentiable in the weight."""
-        if not self.weight.requires_grad:
-            return self.weight  # given frames are used as they came, bit for bit
-        return orthonormal(self.weight)
+        """Return the orthonormal (D, K) frame, differentiable in the weight.
+
+        A weight that does not learn and is orthonormal to 1e-5 is returned itself, so that given frames are used bit
+        for bit; one that once learned and was then frozen still goes through QR.
+        """
+        if self.weight.requires_grad:
+            return orthonormal(self.weight)
+        # Looking at the weight reads from the device, so it is done once per value of the weight. An inference tensor
+        # has no version, and a frame made in inference mode must not be handed to a pass with gradients.
+        version = 0 if self.weight.is_inference() else self.weight._version
+        key = (version, self.weight.data_ptr(), torch.is_inference_mode_enabled())
+        if self._fixed is None or self._fixed[0] != key:
+            as_given = orthonormal_error(self.weight) <= AS_GIVEN_TOLERANCE
+            self._fixed = key, self.weight if as_given else orthonormal(self.weight)
+        return self._fixed[1]
 
     def lens(self) -> Featurizer:
         return _Frame(self.frame())
@@ -203,11 +237,12 @@ class PCA(Featurizer):
 
     def __init__(self, mean: Tensor, components: Tensor) -> None:
         super().__init__()
-        frame = Subspace.from_frame(components)  # for its checks
-        if mean.shape != (frame.width,):
-            raise ShapeMismatch(f"PCA mean of shape {tuple(mean.shape)}: the components are {frame.width} wide.")
-        self.register_buffer("mean", mean.detach().clone().float())
-        self.register_buffer("components", components.detach().clone().float())
+        width = _checked_frame(components).shape[0]
+        if mean.shape != (width,):
+            raise ShapeMismatch(f"PCA mean of shape {tuple(mean.shape)}: the components are {width} wide.")
+        _finite(mean, "PCA mean")
+        self.register_buffer("mean", contiguous(mean.detach().float().clone()))
+        self.register_buffer("components", contiguous(components.detach().float().clone()))
 
     @classmethod
     def fit(cls, activations: Tensor, rank: int) -> PCA:
@@ -216,14 +251,14 @@ class PCA(Featurizer):
         Each direction's sign is fixed so that its largest entry is positive.
 
         Raises:
-            ShapeMismatch: not (N, D), or rank above min(N - 1, D).
+            ShapeMismatch: not (N, D), or rank above min(N - 1, D). BadVector: NaN or infinite activations.
         """
         if activations.dim() != 2 or not 1 <= rank <= min(activations.shape[0] - 1, activations.shape[1]):
             raise ShapeMismatch(
                 f"PCA of rank {rank} from activations {tuple(activations.shape)}: need (N, D) with N - 1 and D at "
                 "least the rank. Collect more tokens or lower the rank."
             )
-        wide = activations.detach().double()
+        wide = _finite(activations.detach(), "PCA activations").double()
         mean = wide.mean(0)
         _, _, rows = torch.linalg.svd(wide - mean, full_matrices=False)
         components = rows[:rank].mT  # (D, K)
@@ -239,11 +274,13 @@ class PCA(Featurizer):
 
     def read(self, h: Tensor) -> Tensor:
         dtype = compute_dtype(h)
-        return (h.to(dtype) - self.mean.to(dtype)) @ self.components.to(dtype)
+        with full_precision(h):
+            return (h.to(dtype) - self.mean.to(dtype)) @ self.components.to(dtype)
 
     def write(self, h: Tensor, z: Tensor) -> Tensor:
         dtype = compute_dtype(h)
-        change = (z.to(dtype) - self.read(h)) @ self.components.to(dtype).mT
+        with full_precision(h):
+            change = (z.to(dtype) - self.read(h)) @ self.components.to(dtype).mT
         return (h.to(dtype) + change).to(h.dtype)
 
 
@@ -258,7 +295,8 @@ class SAE(Featurizer):
         centred: whether decoder_bias is subtracted before encoding (OpenAI, SAELens' apply_b_dec_to_input).
 
     Raises:
-        ShapeMismatch: the shapes do not agree, or "jumprelu" lacks a threshold.
+        ShapeMismatch: the shapes do not agree. BadVector: NaN or infinite weights. InterveneError: an activation that
+        is neither, "jumprelu" without a threshold, or a threshold that "relu" would ignore.
     """
 
     lossless = False
@@ -275,8 +313,12 @@ class SAE(Featurizer):
         centred: bool = False,
     ) -> None:
         super().__init__()
+        self._check_activation(activation, threshold)
+        if encoder.dim() != 2:
+            raise ShapeMismatch(f"SAE encoder of shape {tuple(encoder.shape)}: need (D, K).")
         width, count = encoder.shape
         shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+            "encoder": (encoder, (width, count)),
             "decoder": (decoder, (count, width)),
             "encoder_bias": (encoder_bias, (count,)),
             "decoder_bias": (decoder_bias, (width,)),
@@ -285,15 +327,27 @@ class SAE(Featurizer):
         for name, (tensor, shape) in shapes.items():
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ShapeMismatch(f"SAE {name} of shape {tuple(tensor.shape)}: encoder {width}x{count} asks {shape}.")
-        if activation == "jumprelu" and threshold is None:
-            raise ShapeMismatch("SAE with activation 'jumprelu': no threshold was given. Pass threshold (K,).")
+            if tensor is not None:
+                _finite(tensor, f"SAE {name}")
         self.activation: str = activation
         self.centred = centred
         self.encoder = _fixed(encoder)
         self.decoder = _fixed(decoder)
-        self.encoder_bias = _fixed(torch.zeros(count) if encoder_bias is None else encoder_bias)
-        self.decoder_bias = _fixed(torch.zeros(width) if decoder_bias is None else decoder_bias)
-        self.threshold = _fixed(torch.zeros(count) if threshold is None else threshold)
+        self.encoder_bias = _fixed(encoder.new_zeros(count) if encoder_bias is None else encoder_bias)
+        self.decoder_bias = _fixed(encoder.new_zeros(width) if decoder_bias is None else decoder_bias)
+        self.threshold = _fixed(encoder.new_zeros(count) if threshold is None else threshold)
+
+    @staticmethod
+    def _check_activation(activation: str, threshold: Tensor | None) -> None:
+        if activation not in ("relu", "jumprelu"):
+            raise InterveneError(f"SAE with activation {activation!r}: there is none. Use 'relu' or 'jumprelu'.")
+        if activation == "jumprelu" and threshold is None:
+            raise InterveneError("SAE with activation 'jumprelu': no threshold was given. Pass threshold (K,).")
+        if activation == "relu" and threshold is not None:
+            raise InterveneError(
+                "SAE with activation 'relu': a threshold was given, which it has no use for. "
+                "Pass activation='jumprelu', or leave the threshold out."
+            )
 
     @property
     def width(self) -> int:
@@ -306,25 +360,33 @@ class SAE(Featurizer):
         wide = h.to(compute_dtype(h))
         if self.centred:
             wide = wide - self.decoder_bias
-        before = wide @ self.encoder.to(wide.dtype) + self.encoder_bias
+        with full_precision(h):
+            before = wide @ self.encoder.to(wide.dtype) + self.encoder_bias
         if self.activation == "jumprelu":
             return torch.where(before > self.threshold, before, torch.zeros_like(before)).relu()
         return before.relu()
 
     def decode(self, z: Tensor) -> Tensor:
         """Return the reconstruction (B, P, D) of latents `z` (B, P, K)."""
-        return z @ self.decoder.to(z.dtype) + self.decoder_bias
+        wide = z.to(compute_dtype(z))
+        with full_precision(z):
+            return wide @ self.decoder.to(wide.dtype) + self.decoder_bias
 
     def write(self, h: Tensor, z: Tensor) -> Tensor:
         dtype = compute_dtype(h)
-        change = (z.to(dtype) - self.read(h)) @ self.decoder.to(dtype)  # biases cancel; equal codes change nothing
+        with full_precision(h):  # biases cancel; equal codes change nothing
+            change = (z.to(dtype) - self.read(h)) @ self.decoder.to(dtype)
         return (h.to(dtype) + change).to(h.dtype)
 
 
 def _fixed(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.detach().clone().float(), requires_grad=False)
+    return nn.Parameter(contiguous(tensor.detach().float().clone()), requires_grad=False)
 
 
-FEATURIZERS: dict[str, type[Any]] = {
-    cls.__name__: cls for cls in (Identity, Coordinates, Subspace, PCA, SAE)
-}
+def _finite(tensor: Tensor, name: str) -> Tensor:
+    if not bool(torch.isfinite(tensor).all()):
+        raise BadVector(f"{name}: it has NaN or infinite entries. Check where it was made.")
+    return tensor
+
+
+FEATURIZERS: dict[str, type[Any]] = {cls.__name__: cls for cls in (Identity, Coordinates, Subspace, PCA, SAE)}

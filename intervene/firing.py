@@ -10,10 +10,10 @@ from torch import Tensor
 from intervene.applied import Recorder
 from intervene.block import Block
 from intervene.captured import Captured
-from intervene.errors import ShapeMismatch
+from intervene.errors import InterveneError, ShapeMismatch
 from intervene.families import Tap
 from intervene.interventions import Bound
-from intervene.passes import Pass
+from intervene.passes import Pass, Selection
 from intervene.sites import Site
 
 
@@ -49,6 +49,11 @@ def _paste(h: Tensor, columns: slice | tuple[int, ...] | None, value: Tensor) ->
     return h.index_copy(-1, torch.tensor(columns, device=h.device), value)
 
 
+def _version(h: Tensor) -> int:
+    """Return how often h was written to in place; inference tensors do not count."""
+    return 0 if h.is_inference() else h._version
+
+
 class Firing:
     """One bound intervention inside one block: makes the edit and records what it did."""
 
@@ -60,7 +65,7 @@ class Firing:
         self.recorder = recorder
 
     def __call__(self, h: Tensor) -> Tensor | None:
-        current, again = self.block.pass_of_tap()
+        current, again = self.block.pass_of_tap(self.number)
         selection = current.selections[self.number]
         if not again:
             self.recorder.calls += 1
@@ -68,36 +73,53 @@ class Firing:
             return None
         whole = _three_axes(h, current)
         before = whole if selection.dense else whole[selection.rows, selection.columns]  # (B, P, D')
-        after = self._edited(before, current, selection)
+        after, applies = self._edited(before, current, selection)
         if selection.dense:
-            if selection.mask is not None:
-                after = torch.where(selection.mask, after, before)
+            # the model may add to its tensors in place, which an expanded one does not allow
+            after = after.contiguous() if selection.mask is None else torch.where(selection.mask, after, before)
             result = after
-        elif selection.valid is None:
-            result = whole.index_put((selection.rows, selection.columns), after)  # type: ignore[arg-type]
+        elif selection.kept is None:
+            assert selection.rows is not None and selection.columns is not None
+            result = whole.index_put((selection.rows, selection.columns), after)
         else:
-            assert selection.kept_rows is not None and selection.kept_columns is not None
-            result = whole.index_put((selection.kept_rows, selection.kept_columns), after[selection.valid])
+            rows, slots, columns = selection.kept
+            result = whole.index_put((rows, columns), after[rows, slots])
         if not again:
-            self.recorder.add(before, after, selection, self.bound.tap.columns)
+            self.recorder.add(before, after, selection, applies)
         return result.reshape(h.shape) if result.shape != h.shape else result
 
-    def _edited(self, before: Tensor, current: Pass, selection: Selection) -> Tensor:
-        """Return the module's rows (B, P, D') with the site's columns edited."""
-        tap, edit = self.bound.tap, self.bound.edit
+    def _edited(self, before: Tensor, current: Pass, selection: Selection) -> tuple[Tensor, Tensor | None]:
+        """Return the module's rows (B, P, D') with the site's columns edited, and where the condition held (B, P)."""
+        tap, edit, when = self.bound.tap, self.bound.edit, self.bound.when
         site = _cut(before, tap.columns)  # (B, P, D)
         if tap.scale != 1.0:
             site = site * tap.scale
         lens = self.bound.featurizer.lens()
+        version = _version(site)
         z = lens.read(site)  # (B, P, K)
         changed = lens.write(site, edit(z, self._other(edit, lens, z, current)))
-        if self.bound.when is not None:
+        self._check_result(site, changed, version)
+        applies = None
+        if when is not None:
             mask = selection.mask
-            valid = (None if mask is None else mask[..., 0]) if selection.dense else selection.valid
-            changed = torch.where(self.bound.when(site, valid)[..., None], changed, site)
+            applies = when(site, (None if mask is None else mask[..., 0]) if selection.dense else selection.valid)
+            changed = torch.where(applies[..., None], changed, site)
         if tap.scale != 1.0:
             changed = changed / tap.scale
-        return _paste(before, tap.columns, changed.to(before.dtype))
+        return _paste(before, tap.columns, changed.to(before.dtype)), applies
+
+    def _check_result(self, site: Tensor, changed: Tensor, version: int) -> None:
+        """Refuse what a user's own edit or featurizer may get wrong: another shape, or writing into the stream."""
+        if changed.shape != site.shape:
+            raise ShapeMismatch(
+                f"{self.bound.intervention}: the edit returned shape {tuple(changed.shape)} for activations of "
+                f"{tuple(site.shape)}. Return one value for each feature it was given."
+            )
+        if _version(site) != version:
+            raise InterveneError(
+                f"{self.bound.intervention}: the edit wrote into the activation it was given, which the model still "
+                "uses elsewhere. Return a new tensor: z * 2, not z.mul_(2)."
+            )
 
     def _other(self, edit: Any, lens: Any, z: Tensor, current: Pass) -> Tensor | None:
         if edit.draws:
@@ -120,7 +142,9 @@ class Firing:
 class Reader:
     """One captured site inside one block: copies the wanted rows; with `stop_at`, ends the pass once all are read."""
 
-    def __init__(self, number: int, site: Site, tap: Tap, block: Block, captured: Captured, stop_at: int | None) -> None:
+    def __init__(
+        self, number: int, site: Site, tap: Tap, block: Block, captured: Captured, stop_at: int | None
+    ) -> None:
         self.number = number
         self.site = site
         self.tap = tap
@@ -129,7 +153,7 @@ class Reader:
         self.stop_at = stop_at
 
     def __call__(self, h: Tensor) -> None:
-        current, again = self.block.pass_of_tap()
+        current, again = self.block.pass_of_tap(self.number)
         if again:
             return
         selection = current.selections[self.number]

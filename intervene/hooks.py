@@ -159,7 +159,7 @@ def _experts_read(call: _Call, tap: Tap) -> Tensor:
     positional = dict(zip(names, call.args, strict=False))
     values = {**positional, **call.kwargs}
     index, weights = values["top_k_index"], values["top_k_weights"]
-    parts = []
+    parts: list[Tensor] = []
     for expert in tap.experts:
         only = torch.where(index == expert, weights, torch.zeros_like(weights))
         parts.append(call.module.forward(values["hidden_states"], index, only))  # .forward: our hook must not recur
@@ -167,5 +167,6 @@ def _experts_read(call: _Call, tap: Tap) -> Tensor:
 
 
 def _experts_write(output: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    change = (after - before).unflatten(-1, (-1, output.shape[-1])).sum(-2)
-    return output + change.reshape(output.shape)
+    width = output.shape[-1]
+    change = (after - before).reshape(*output.shape[:-1], -1, width)  # (..., n, D)
+    return output + change.sum(-2)

@@ -152,12 +152,17 @@ def locate(model: nn.Module) -> Located:
         backbone = walk(hf, path)
         blocks = None if backbone is None else walk(backbone, family.layers)
         if backbone is not None and blocks is not None:
-            return Located(hf, backbone, path, family, model_type, tuple(blocks.children()), config)
+            return Located(hf, backbone, path, family, model_type, _each(blocks), config)
     tried = ", ".join(join_path(path, family.layers) for path in family.backbones)
     raise UnknownFamily(
         f"Model of class {type(hf).__name__} with model_type {model_type!r}: its blocks are not where that family "
         f"keeps them (tried {tried}). {describe_unknown(hf, model_type, FAMILIES)}"
     )
+
+
+def _each(blocks: nn.Module) -> tuple[nn.Module, ...]:
+    """Return the blocks in order, one that stands twice twice: `children()` would hide that it is shared."""
+    return tuple(block for block in blocks._modules.values() if block is not None)
 
 
 def _base_parameters(hf: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -44,8 +44,8 @@ def load_model(
     different numbers: `model.config._name_or_path` says which one this is. A folder is loaded as it is. Anything else
     is a hub id. Code that a checkpoint brings along is never run.
 
-    `tokenizer.padding_side` is "right" for a model out of the local cache and as saved for any other. Where a tokenizer
-    has no pad token its end-of-sequence token becomes one.
+    `tokenizer.padding_side` is "right" for an embedded name and as saved for any other model; batched generation needs
+    it "left". Where a tokenizer has no pad token its end-of-sequence token becomes one.
 
     Args:
         name_or_path: "smollm2-135m", "gemma3-270m", a local folder, or a hub id such as "org/model". An embedded name
@@ -89,7 +89,7 @@ def _load_embedded(
     reasons = [distrust(model, root)]
     if reasons[0]:
         try:
-            return _read_hub(model.hub_id, dtype, device, offline)
+            return _padded_right(_read_hub(model.hub_id, dtype, device, offline))
         except ModelNotFound as error:
             reasons.append(str(error))
         try:
@@ -104,7 +104,13 @@ def _load_embedded(
             found = "; ".join([*reasons, str(error)])
             raise ModelNotFound(asked_found_do(f"Model {model.name!r}", f"{found}.", do)) from error
     with quiet_bars():
-        return _read(str(root / model.folder), dtype, device, local_only=True)
+        return _padded_right(_read(str(root / model.folder), dtype, device, local_only=True))
+
+
+def _padded_right(pair: tuple[Any, Any]) -> tuple[Any, Any]:
+    # a plain forward pass numbers positions from the first column, pads or not, so padding left would shift them
+    pair[1].padding_side = "right"
+    return pair
 
 
 def _read_hub(

@@ -8,16 +8,18 @@ which rows and columns of that pass's tensors an intervention touches. All of it
 
 from __future__ import annotations
 
-import inspect
+import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from intervene.errors import AmbiguousForward, BadPosition, ShapeMismatch
-from intervene.positions import AllTokens, Positions, real_tokens
+from intervene.forward_inputs import padding_mask, past_length, sign_of_a_part, token_inputs, tokens_of, with_prefix
+from intervene.positions import AllTokens, Positions, check_mask, real_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,34 +31,41 @@ class Target:
     prompt: bool = True
     decode: bool = True
     dense: bool = True  # whole tensors may be handed over; False: always rows picked by index
+    padding: bool = False  # every column is meant, padding too (captures only)
     rows: int | None = None  # examples it is written for
+    slots: int | None = None  # positions per example it is written for; 1 serves any number
     expected: Tensor | None = None  # (B, P) bool: the slots that the source has tokens for
 
     @property
     def key(self) -> tuple[Any, ...]:
         """Targets of one key select the same tokens."""
-        return (self.positions, self.prompt, self.decode, self.dense)
+        return (self.positions, self.prompt, self.decode, self.dense, self.padding)
+
+    @property
+    def whole(self) -> bool:
+        """Whether whole tensors are handed over, never indexed."""
+        return self.dense and isinstance(self.positions, AllTokens)
 
     @property
     def anywhere(self) -> bool:
         """Whether every real token of every pass is meant, so that the place of a pass does not matter."""
-        return isinstance(self.positions, AllTokens) and self.prompt and self.decode and self.dense
+        return self.whole and self.prompt and self.decode
 
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Tokens of one pass. Dense: all (B, S), where `mask` (B, S, 1) is true. Indexed: `rows`, `columns`, broadcasting to (B, P).
+    """Tokens of one pass, as indices that broadcast to (B, P), or all of them.
 
-    `valid` (B, P) is None unless some slots are absent; `kept_rows`, `kept_columns` then list the present ones.
+    Dense: all (B, S), where `mask` (B, S, 1) is true. Indexed: `rows`, `columns`; `valid` (B, P) is None unless some
+    slots are absent, and `kept` then lists the present ones as (rows, slots, columns), (N,) each.
     """
 
     dense: bool
-    mask: Tensor | None = None  # (B, S, 1)
+    mask: Tensor | None = None
     rows: Tensor | None = None
     columns: Tensor | None = None
     valid: Tensor | None = None
-    kept_rows: Tensor | None = None
-    kept_columns: Tensor | None = None
+    kept: tuple[Tensor, Tensor, Tensor] | None = None
     tokens: int | None = None  # None: count the mask when asked
 
 
@@ -68,64 +77,29 @@ class Pass:
     length: int
     start: int
     prompt_length: int
-    repeats: int
     mask: Tensor | None  # (B, S, 1) bool on the device, or None: no padding known
     selections: dict[int, Selection | None] = field(default_factory=dict)
     draws: dict[int, Tensor] = field(default_factory=dict)  # random tensors by intervention, kept for recomputation
     read: set[int] = field(default_factory=set)  # captures that have fired
+    replayed: set[int] = field(default_factory=set)  # taps that checkpointing ran again in the current backward
+
+    @property
+    def stop(self) -> int:
+        """The column after its last."""
+        return self.start + self.length
 
 
 @dataclass(eq=False)
 class _Session:
-    inputs: dict[str, Any]  # the prompt as given
-    prompt_length: int
+    """One prompt and what is generated from it."""
+
+    rows: int
+    length: int  # T, columns of the padded prompt
     columns: list[Tensor]  # per target (B, P), CPU
     end: int = 0  # columns seen so far
-    ids: Tensor | None = None
-
-
-def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call of `module.forward` by name."""
-    if not args:
-        return dict(kwargs)
-    try:
-        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
-    except (TypeError, ValueError):  # a call the module itself will refuse, or a signature Python cannot see
-        return {**kwargs, "inputs_embeds": args[0]}
-    named = dict(bound.arguments)
-    for parameter in inspect.signature(module.forward).parameters.values():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(named.pop(parameter.name, {}))
-        elif parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            extra = named.pop(parameter.name, ())
-            named.update({} if not extra else {"inputs_embeds": extra[0]})
-    return named
-
-
-def token_inputs(named: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `named` with its token axis under a name that positions know.
-
-    A module that is no language model is called with some first tensor: integers (B, S) are ids, (B, S, D) are
-    embeddings, and (B, D) is taken as one token per example.
-    """
-    known = {name: value for name, value in named.items() if isinstance(value, Tensor)}
-    if "input_ids" in known or "inputs_embeds" in known:
-        return dict(named)
-    first = next(iter(known.values()), None)
-    if first is None:
-        raise BadPosition(f"Forward pass: no tensor among its arguments {sorted(named)}. Pass the batch as tensors.")
-    if not first.is_floating_point() and first.dim() == 2:
-        return {**named, "input_ids": first}
-    return {**named, "inputs_embeds": first[:, None] if first.dim() < 3 else first}
-
-
-def _past_length(named: Mapping[str, Any]) -> int:
-    cache = named.get("past_key_values")
-    if cache is None:
-        return 0
-    if hasattr(cache, "get_seq_length"):
-        return int(cache.get_seq_length())
-    return int(cache[0][0].shape[-2]) if cache and cache[0] is not None else 0
+    ids: Tensor | None = None  # (B, T) where a pass without cache may go on from this one, or given as prompt=
+    real: Tensor | None = None  # (B, T) bool, CPU, of prompt=
+    cache: weakref.ref[Any] | None = None
 
 
 class Tracker:
@@ -133,12 +107,12 @@ class Tracker:
 
     Args:
         targets: what has to be found in each pass. prompt: the tokenised prompt batch, where the passes alone do not
-            show it (chunked prefill, assisted decoding).
+            show it (chunked prefill, assisted decoding, masks that are not (B, S)).
     """
 
     def __init__(self, targets: Sequence[Target], prompt: Mapping[str, Any] | None = None) -> None:
         self.targets = list(targets)
-        self.prompt = None if prompt is None else dict(prompt)
+        self.prompt = None if prompt is None else token_inputs(prompt)
         self.session: _Session | None = None
 
     def begin(self, named: Mapping[str, Any]) -> Pass:
@@ -149,87 +123,84 @@ class Tracker:
             resolved. ShapeMismatch: a value written per example meets another number of examples.
         """
         named = token_inputs(named)
-        tokens = named["input_ids"] if isinstance(named.get("input_ids"), Tensor) else named["inputs_embeds"]
-        rows, length, start = int(tokens.shape[0]), int(tokens.shape[1]), _past_length(named)
+        tokens, start = tokens_of(named), past_length(named)
+        rows, length = int(tokens.shape[0]), int(tokens.shape[1])
         session = self._session_of(named, rows, length, start)
-        session.end = start + length
-        base_rows = len(session.columns[0]) if session.columns else rows
-        if base_rows and rows % base_rows:
+        if rows % session.rows:
             raise ShapeMismatch(
-                f"Forward pass with {rows} examples: prompt= has {base_rows}. Pass the batch that is really run."
+                f"Forward pass with {rows} examples: {'prompt=' if self.prompt else 'the pass before it'} has "
+                f"{session.rows}. Give the batch that is really run, or a block of its own to each batch."
             )
-        repeats = rows // base_rows if base_rows else 1
-        current = Pass(rows, length, start, session.prompt_length, repeats, self._mask(named, start, length))
+        session.end = start + length
+        _remember(session, named.get("past_key_values"))
+        current = Pass(rows, length, start, session.length, _padding(named, session, rows, start, length))
         made: dict[tuple[Any, ...], Selection | None] = {}  # many sites often share one choice of tokens
         for number, target in enumerate(self.targets):
-            self._check_rows(target, rows, session)
             if target.key not in made:
-                made[target.key] = self._select(target, session.columns[number], current, tokens.device)
+                made[target.key] = _select(target, session.columns[number], current, tokens.device)
             current.selections[number] = made[target.key]
         return current
+
+    def finish(self, output: Any) -> None:
+        """Note the key/value cache that a pass made."""
+        cache = output.get("past_key_values") if isinstance(output, Mapping) else None
+        if self.session is not None:
+            _remember(self.session, cache)
 
     def _session_of(self, named: dict[str, Any], rows: int, length: int, start: int) -> _Session:
         if self.prompt is not None:
             if self.session is None:
-                self.session = self._open(token_inputs(self.prompt), start=0)
+                tokens = tokens_of(self.prompt)
+                self.session = self._open(self.prompt, width=int(tokens.shape[1]), start=0)
+                self.session.ids = self.prompt.get("input_ids")
+            _check_prompt(self.session, self.prompt, named, start)
             return self.session
         last = self.session
         if last is not None and self._continues(last, named, length, start):
             return last
-        self.session = self._open(self._with_prefix(named, rows, length, start), start=start)
+        part = None if self._anywhere or start else sign_of_a_part(named)
+        if part is not None:
+            raise _ambiguous(part)
+        self.session = self._open(with_prefix(named, rows, length, start), width=start + length, start=start)
+        if named.get("use_cache") is False and isinstance(named.get("input_ids"), Tensor):
+            self.session.ids = named["input_ids"].detach().clone()
         return self.session
+
+    @property
+    def _anywhere(self) -> bool:
+        return all(target.anywhere for target in self.targets)
 
     def _continues(self, last: _Session, named: dict[str, Any], length: int, start: int) -> bool:
         """Return whether this pass goes on from the last one, or raise if it might."""
         if start == 0:
             grown = named.get("use_cache") is False and length == last.end + 1
-            return grown and self._same_prompt(last, named)
-        if all(target.anywhere for target in self.targets):
+            return grown and _same_prompt(last, named)
+        if self._anywhere:
             return True
-        if start == last.end and length == 1:
+        if last.cache is not None and last.cache() is not named.get("past_key_values"):
+            found = f"its cache of {start} columns is not the one the pass before it filled"
+        elif start == last.end and length == 1:
             return True
-        if start == last.end:
+        elif start == last.end:
             found = f"{length} tokens follow the {last.end} already seen (a prompt in chunks, or several new tokens)"
         elif start < last.end:
-            found = f"it starts at column {start}, but {last.end} were already seen (a cache rolled back or another one)"
+            found = f"it starts at column {start}, but {last.end} were already seen (a cache rolled back)"
         else:
             found = f"it starts at column {start}, but only {last.end} were seen (a cache filled elsewhere)"
-        raise AmbiguousForward(
-            f"Forward pass with a key/value cache: {found}, so prompt and generated tokens cannot be told apart. "
-            "Pass prompt=<the tokenised prompt batch> to intervene() or capture()."
-        )
+        raise _ambiguous(found)
 
-    @staticmethod
-    def _same_prompt(last: _Session, named: dict[str, Any]) -> bool:
-        ids = named.get("input_ids")
-        if not isinstance(ids, Tensor) or last.ids is None or len(ids) % len(last.ids):
-            return False
-        begun = ids[:, : last.prompt_length].cpu()
-        return torch.equal(begun, last.ids.repeat_interleave(len(begun) // len(last.ids), 0))
-
-    @staticmethod
-    def _with_prefix(named: dict[str, Any], rows: int, length: int, start: int) -> dict[str, Any]:
-        """Return the inputs with the cached prefix's columns put in front, so that columns count from its start."""
-        if start == 0:
-            return named
-        made = dict(named)
-        for name in ("input_ids", "labels"):
-            value = named.get(name)
-            if isinstance(value, Tensor):
-                made[name] = torch.cat([value.new_full((rows, start), -1), value], 1)
-        if not isinstance(named.get("attention_mask"), Tensor):
-            made["attention_mask"] = torch.ones((rows, start + length), dtype=torch.int64)
-        return made
-
-    def _open(self, inputs: dict[str, Any], start: int) -> _Session:
-        width = self._width(inputs)
-        inputs = {**inputs, "attention_mask": self._prompt_mask(inputs, width)}
+    def _open(self, inputs: dict[str, Any], *, width: int, start: int) -> _Session:
+        """Return a new session on the padded prompt `inputs` of `width` columns, `start` of them cached before."""
+        given = inputs.get("attention_mask")
+        mask = padding_mask(inputs, width)
+        inputs = {**inputs, "attention_mask": given if mask is None else mask[:, :width]}
         columns: list[Tensor] = []
         made: dict[tuple[Any, ...], Tensor] = {}
         for target in self.targets:
             if target.key not in made:
-                made[target.key] = self._resolve(target, inputs)
+                made[target.key] = _resolve(target, inputs)
             resolved = made[target.key]
+            _check_written(target, resolved, tokens_of(inputs))
             _check_expected(target, resolved)
             present = resolved >= 0
             if bool((present & (resolved < start)).any()):
@@ -238,86 +209,132 @@ class Tracker:
                     f"are not computed again. Run the whole prompt inside the block."
                 )
             columns.append(resolved)
-        ids = inputs.get("input_ids")
-        return _Session(inputs, width, columns, ids=ids.detach().cpu() if isinstance(ids, Tensor) else None)
+        return _Session(int(tokens_of(inputs).shape[0]), width, columns)
 
-    @staticmethod
-    def _width(inputs: Mapping[str, Any]) -> int:
-        tokens = inputs["input_ids"] if isinstance(inputs.get("input_ids"), Tensor) else inputs["inputs_embeds"]
-        return int(tokens.shape[1])
 
-    @staticmethod
-    def _prompt_mask(inputs: Mapping[str, Any], width: int) -> Tensor | None:
-        mask = inputs.get("attention_mask")
-        return mask[:, :width] if isinstance(mask, Tensor) and mask.dim() == 2 else mask
+def _ambiguous(found: str) -> AmbiguousForward:
+    return AmbiguousForward(
+        f"Forward pass with a key/value cache: {found}, so prompt and generated tokens cannot be told apart. "
+        "Pass prompt=<the tokenised prompt batch> to intervene() or capture()."
+    )
 
-    def _resolve(self, target: Target, inputs: Mapping[str, Any]) -> Tensor:
-        if target.dense and isinstance(target.positions, AllTokens):
-            return torch.empty((self._batch(inputs), 0), dtype=torch.int64)  # never indexed, see _select
-        resolved = target.positions.resolve(inputs)
-        if not resolved.shape[1] and not (target.positions.can_decode and target.decode):
-            raise BadPosition(f"{target.name}: its positions select no token of this batch. Choose others.")
-        ordered = resolved.sort(1).values
-        if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
-            raise BadPosition(f"{target.name}: its positions name one token twice. Name each once.")
-        return resolved
 
-    @staticmethod
-    def _batch(inputs: Mapping[str, Any]) -> int:
-        tokens = inputs["input_ids"] if isinstance(inputs.get("input_ids"), Tensor) else inputs["inputs_embeds"]
-        return int(tokens.shape[0])
+def _remember(session: _Session, cache: Any) -> None:
+    if session.cache is None and cache is not None:
+        with suppress(TypeError):  # a cache of plain tuples: nothing to hold on to
+            session.cache = weakref.ref(cache)
 
-    @staticmethod
-    def _mask(named: Mapping[str, Any], start: int, length: int) -> Tensor | None:
-        mask = named.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
+
+def _same_prompt(last: _Session, named: dict[str, Any]) -> bool:
+    ids = named.get("input_ids")
+    if not isinstance(ids, Tensor) or last.ids is None or len(ids) != len(last.ids):
+        return False
+    return torch.equal(ids[:, : last.length], last.ids)
+
+
+def _check_prompt(session: _Session, prompt: Mapping[str, Any], named: Mapping[str, Any], start: int) -> None:
+    """Refuse a prompt= that is not what this pass runs, as far as the pass still shows it; take over its padding."""
+    if session.real is None:
+        masked = named.get("attention_mask") is not None
+        if masked and prompt.get("attention_mask") is None and padding_mask(named, 0) is None:
+            raise BadPosition("prompt= without attention_mask: the model runs with one. Pass prompt= with it.")
+        session.real = real_tokens(prompt)
+    stop = min(start + int(tokens_of(named).shape[1]), session.length)
+    if start >= stop:
+        return
+    ids, mask = named.get("input_ids"), padding_mask(named, stop)
+    pairs = []
+    if isinstance(ids, Tensor) and isinstance(session.ids, Tensor):
+        pairs.append(("input_ids", session.ids[:, start:stop].cpu(), ids[:, : stop - start].cpu()))
+    if mask is not None:
+        pairs.append(("attention_mask", session.real[:, :stop], mask[:, :stop].cpu().bool()))
+    for name, said, run in pairs:
+        if len(run) % len(said) or not torch.equal(said.repeat_interleave(len(run) // len(said), 0), run):
+            raise ShapeMismatch(
+                f"Forward pass at columns {start} to {stop}: its {name} are not those of prompt=. "
+                "Give the padded batch that is really run, with its attention_mask, and one block to each batch."
+            )
+
+
+def _padding(named: Mapping[str, Any], session: _Session, rows: int, start: int, length: int) -> Tensor | None:
+    """Return (B, S, 1) bool on the device: which tokens of this pass are real; None if none is known to be padding."""
+    stop, device = start + length, tokens_of(named).device
+    if session.real is None:
+        mask = padding_mask(named, stop)
+        return None if mask is None else mask[:, start:stop, None].to(device).bool()
+    known = session.real[:, start:stop]
+    if bool(known.all()):
+        return None
+    known = torch.cat([known, known.new_ones((len(known), length - known.shape[1]))], 1)
+    return known.repeat_interleave(rows // len(known), 0)[..., None].to(device)
+
+
+def _resolve(target: Target, inputs: Mapping[str, Any]) -> Tensor:
+    if target.whole:
+        if not target.padding:
+            check_mask(inputs)
+        return torch.empty((len(tokens_of(inputs)), 0), dtype=torch.int64)  # never indexed, see _select
+    resolved = target.positions.resolve(inputs)
+    if not bool((resolved >= 0).any()) and not (target.positions.can_decode and target.decode):
+        raise BadPosition(f"{target.name}: its positions select no token of this batch. Choose others.")
+    ordered = resolved.sort(1).values
+    if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
+        raise BadPosition(f"{target.name}: its positions name one token twice. Name each once.")
+    return resolved
+
+
+def _select(target: Target, prompt_columns: Tensor, current: Pass, device: torch.device) -> Selection | None:
+    if target.whole:
+        return _dense(target, current, device)
+    stop, turn = current.stop, current.prompt_length
+    decoding = range(max(turn, current.start), stop) if target.decode else range(0)
+    chosen = [column for column in decoding if target.positions.decodes(column - turn)]
+    columns = prompt_columns.repeat_interleave(current.rows // len(prompt_columns), 0)
+    valid = (columns >= current.start) & (columns < min(stop, turn))
+    if not target.prompt or not bool(valid.any()):
+        columns, valid = columns[:, :0], valid[:, :0]
+    if chosen:
+        extra = torch.tensor(chosen).expand(current.rows, -1)
+        columns, valid = torch.cat([columns, extra], 1), torch.cat([valid, torch.ones_like(extra).bool()], 1)
+    if not columns.shape[1]:
+        return None
+    if current.length == 1 and columns.shape[1] == 1 and bool(valid.all()):
+        return Selection(dense=True, tokens=current.rows)  # a decode step: its only column, nothing to index
+    return _indexed(columns - current.start, valid, device)
+
+
+def _dense(target: Target, current: Pass, device: torch.device) -> Selection | None:
+    stop, turn = current.stop, current.prompt_length
+    mask = None if target.padding else current.mask
+    in_prompt, in_decode = current.start < turn, stop > turn
+    if (in_prompt and not target.prompt) or (in_decode and not target.decode):
+        if not (in_prompt and target.prompt) and not (in_decode and target.decode):
             return None
-        return mask[:, start : start + length, None].bool()
+        column = torch.arange(current.start, stop, device=device)
+        part = (column < turn if target.prompt else column >= turn)[None, :, None].expand(current.rows, -1, 1)
+        mask = part if mask is None else part & mask
+    tokens = current.rows * current.length if mask is None else None
+    return Selection(dense=True, mask=mask, tokens=tokens)
 
-    def _check_rows(self, target: Target, rows: int, session: _Session) -> None:
-        """Refuse a value written for another number of examples, unless the batch is repeats of them (beams)."""
-        expected = target.rows
-        if expected is None or expected == rows:
-            return
-        if rows % expected == 0 and session.ids is not None:
-            groups = session.ids.repeat_interleave(rows // len(session.ids), 0).unflatten(0, (expected, -1))
-            if bool((groups == groups[:, :1]).all()):
-                return
+
+def _check_written(target: Target, resolved: Tensor, tokens: Tensor) -> None:
+    """Refuse a value written for other examples or positions, unless the batch is repeats of those examples (beams)."""
+    rows, slots = target.rows, resolved.shape[1]
+    if target.slots not in (None, 1, slots) and not target.whole:
         raise ShapeMismatch(
-            f"{target.name}: it is written for {expected} examples, but the batch has {rows}. "
-            "Give one row per example of the batch."
+            f"{target.name}: it is written for {target.slots} positions per example, but these are {slots}. "
+            "Give one value per position."
         )
-
-    def _select(self, target: Target, prompt_columns: Tensor, current: Pass, device: torch.device) -> Selection | None:
-        stop, turn = current.start + current.length, current.prompt_length
-        decoding = range(max(turn, current.start), stop) if target.decode else range(0)
-        chosen = [column for column in decoding if target.positions.decodes(column - turn)]
-        if target.dense and isinstance(target.positions, AllTokens):
-            return self._dense(target, current, device)
-        columns = prompt_columns.repeat_interleave(current.rows // max(len(prompt_columns), 1), 0)
-        valid = (columns >= current.start) & (columns < min(stop, turn))
-        if not target.prompt or not bool(valid.any()):
-            columns, valid = columns[:, :0], valid[:, :0]
-        if chosen:
-            extra = torch.tensor(chosen).expand(current.rows, -1)
-            columns, valid = torch.cat([columns, extra], 1), torch.cat([valid, torch.ones_like(extra).bool()], 1)
-        if not columns.shape[1]:
-            return None
-        return _indexed(columns - current.start, valid, device)
-
-    @staticmethod
-    def _dense(target: Target, current: Pass, device: torch.device) -> Selection | None:
-        stop, turn = current.start + current.length, current.prompt_length
-        mask = None if current.start >= turn else current.mask  # generated tokens are never padding
-        in_prompt, in_decode = current.start < turn, stop > turn
-        if (in_prompt and not target.prompt) or (in_decode and not target.decode):
-            if not (in_prompt and target.prompt) and not (in_decode and target.decode):
-                return None
-            column = torch.arange(current.start, stop, device=device)
-            part = (column < turn if target.prompt else column >= turn)[None, :, None].expand(current.rows, -1, 1)
-            mask = part if mask is None else part & mask
-        tokens = current.rows * current.length if mask is None else None
-        return Selection(dense=True, mask=mask, tokens=tokens)
+    if rows is None or rows == len(tokens):
+        return
+    if len(tokens) % rows == 0:
+        groups = tokens.reshape(rows, len(tokens) // rows, -1)
+        if bool((groups == groups[:, :1]).all()):
+            return
+    raise ShapeMismatch(
+        f"{target.name}: it is written for {rows} examples, but the batch has {len(tokens)}. "
+        "Give one row per example of the batch."
+    )
 
 
 def _check_expected(target: Target, resolved: Tensor) -> None:
@@ -341,19 +358,18 @@ def _check_expected(target: Target, resolved: Tensor) -> None:
 
 def _indexed(local: Tensor, valid: Tensor, device: torch.device) -> Selection:
     """Return the selection of columns `local` (B, P) of this pass; slots that are not `valid` are read but not kept."""
-    rows = torch.arange(len(local))[:, None]
+    rows = torch.arange(len(local))[:, None].to(device)
     columns = torch.where(valid, local, torch.zeros_like(local))
     if bool(valid.all()):
-        return Selection(False, rows=rows.to(device), columns=columns.to(device), tokens=columns.numel())
-    kept_rows, slots = valid.nonzero(as_tuple=True)
+        return Selection(False, rows=rows, columns=columns.to(device), tokens=columns.numel())
+    at, slots = valid.nonzero(as_tuple=True)
     return Selection(
         False,
-        rows=rows.to(device),
+        rows=rows,
         columns=columns.to(device),
         valid=valid.to(device),
-        kept_rows=kept_rows.to(device),
-        kept_columns=columns[kept_rows, slots].to(device),
-        tokens=len(kept_rows),
+        kept=(at.to(device), slots.to(device), columns[at, slots].to(device)),
+        tokens=len(at),
     )
 
 

@@ -21,15 +21,23 @@ from intervene.errors import BadPosition
 Inputs = Mapping[str, Any]
 
 
+def check_mask(inputs: Inputs) -> None:
+    """Refuse an attention mask from which padding cannot be told: anything but (B, S)."""
+    mask = inputs.get("attention_mask")
+    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+        return
+    shape = f"one of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+    raise BadPosition(
+        f"Positions need a (B, S) attention mask: found {shape}, which does not say what is padding (a static cache "
+        "makes such masks). Pass prompt=<the tokenised batch, with its attention_mask> to intervene() or capture()."
+    )
+
+
 def real_tokens(inputs: Inputs) -> Tensor:
     """Return (B, S) bool on the CPU: which columns are real tokens. Without an attention mask, all are."""
+    check_mask(inputs)
     mask = inputs.get("attention_mask")
     if isinstance(mask, Tensor):
-        if mask.dim() != 2:
-            raise BadPosition(
-                f"Positions need a (B, S) attention mask: found one of shape {tuple(mask.shape)}. "
-                "Pass prompt=<the tokenised batch> to intervene()."
-            )
         return mask.detach().to("cpu").bool()
     for name in ("input_ids", "inputs_embeds"):
         tensor = inputs.get(name)

@@ -90,7 +90,7 @@ def _constant(cell: _Cell) -> Tensor | None:
     if vector is None:
         return None
     vector = vector.detach().float()
-    if vector.dim() != 3:
+    if vector.dim() != 3 or vector.numel() == vector.shape[-1]:
         vector = vector.reshape(-1)  # pyvene broadcasts what holds one vector, in any shape
     return vector if cell.columns is None else vector[..., list(cell.columns)]
 

@@ -28,18 +28,20 @@ NO_EDIT = {
 class PyveneEdit(Edit):
     """Runs a pyvene intervention module on the features: base and source in, edited base out.
 
-    Hands over what pyvene's engine would: (B, P, D) to localist modules and those with `keep_last_dim`; (B, P*D) to
-    the others, so that a module made for n positions must be given n; with `heads`, (B, H, P, d) to localist and
-    (B, P, H*d) to other modules. The module works on a copy, since pyvene's write in place. Its parameters are the
-    plan's.
+    Hands over what pyvene's engine would: (B, P, D) to localist modules, those with `keep_last_dim` and lambdas;
+    (B, P*D) to the others, which see all positions at once; with `heads`, (B, H, P, d) to the former and (B, P, H*d)
+    to the latter. The module works on a copy, since pyvene's write in place. Its parameters are the plan's.
 
     Args:
         module: any pyvene intervention, or another module called as module(base, source, subspaces).
         heads: how many heads the site holds, for a head component. subspaces: columns or partition numbers, the same
             for every example. needs_source: whether a source run is needed; None asks the module (a lambda: yes).
+        positions: how many positions the module takes at once. None: one for a module that joins positions, any number
+            for the rest, which must then treat every position alike.
 
     Raises:
         Unsupported: a CollectIntervention, which edits nothing, or a SkipIntervention, which needs a module's input.
+        ShapeMismatch: in the forward pass, another number of positions than the module takes.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class PyveneEdit(Edit):
         heads: int | None = None,
         subspaces: Sequence[int] | None = None,
         needs_source: bool | None = None,
+        positions: int | None = None,
     ) -> None:
         super().__init__()
         refused = NO_EDIT.get(type(module).__name__)
@@ -57,38 +60,39 @@ class PyveneEdit(Edit):
         self.module = module
         self.heads = heads
         self.subspaces = None if subspaces is None else [int(index) for index in subspaces]
+        localist = any(cls.__name__ == "LocalistRepresentationIntervention" for cls in type(module).__mro__)
+        self.joins = not localist and not getattr(module, "keep_last_dim", True)  # only pyvene's modules say False
+        self.positions = 1 if positions is None and self.joins and heads is None else positions
         constant = bool(getattr(module, "is_source_constant", False))
         # a class attribute everywhere else; here the wrapped module decides
         vars(self)["needs_source"] = not constant if needs_source is None else needs_source
 
+    @property
+    def slots(self) -> int | None:
+        return self.positions
+
     def forward(self, z: Tensor, source: Tensor | None) -> Tensor:
-        subspaces = None if self.subspaces is None else [self.subspaces] * len(z)
-        base, given = self._packed(z.clone()), None if source is None else self._packed(source.expand_as(z).clone())
-        out = self.module(base, given) if subspaces is None else self.module(base, given, subspaces)
+        if self.positions is not None and z.shape[1] != self.positions:
+            raise ShapeMismatch(
+                f"PyveneEdit({type(self.module).__name__}): it takes {self.positions} positions at once, and "
+                f"{z.shape[1]} were selected. Select as many, or pass positions={z.shape[1]} if it was made for them."
+            )
+        subspaces = [] if self.subspaces is None else [[self.subspaces] * len(z)]
+        base = self._packed(z.clone())
+        out = self.module(base, None if source is None else self._packed(source.expand_as(z).clone()), *subspaces)
         out = getattr(out, "output", out)  # pyvene's InterventionOutput
         if out is None:
             return z  # a module that only looks
-        if self.heads is not None and out.dim() == 4:
-            out = out.transpose(1, 2)
+        if self.heads is not None and not self.joins:
+            out = out.transpose(1, 2)  # (B, P, H, d)
         edited: Tensor = out.reshape(z.shape).to(z.dtype)
         return edited
 
     def _packed(self, tensor: Tensor) -> Tensor:
-        localist = any(cls.__name__ == "LocalistRepresentationIntervention" for cls in type(self.module).__mro__)
-        whole = localist or getattr(self.module, "keep_last_dim", True)  # a plain module sees positions
         if self.heads is not None:
             by_head = tensor.reshape(*tensor.shape[:2], self.heads, -1).transpose(1, 2)  # (B, H, P, d)
-            return by_head if whole else tensor
-        if whole:
-            return tensor
-        expected, joined = getattr(self.module, "embed_dim", None), tensor.shape[1] * tensor.shape[2]
-        if expected is not None and int(expected) != joined:
-            raise ShapeMismatch(
-                f"PyveneEdit({type(self.module).__name__}): it is {int(expected)} wide over all positions together, "
-                f"but {tensor.shape[1]} positions of width {tensor.shape[2]} were given. Select as many positions as "
-                "the module was made for."
-            )
-        return tensor.reshape(tensor.shape[0], -1)  # (B, P*D)
+            return tensor if self.joins else by_head
+        return tensor.reshape(tensor.shape[0], -1) if self.joins else tensor  # (B, P*D) or (B, P, D)
 
 
 # pyvene's components; those of ours it has no word for are refused

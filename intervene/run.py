@@ -7,14 +7,14 @@ and removes exactly those hooks, also after an exception.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from intervene.applied import Applied, Recorder
-from intervene.block import Batch, Block
+from intervene.block import Batch, Block, check_axes
 from intervene.captured import Captured, Sources
 from intervene.errors import NotApplied, ShapeMismatch
 from intervene.families import fingerprint, resolve
@@ -49,6 +49,8 @@ def intervene(
         BadPosition, ShapeMismatch, AmbiguousForward during the forward pass they concern.
     """
     bounds = bind(model, plan)
+    for bound in bounds:
+        check_axes(model, bound.tap)
     checked = _checked_sources(bounds, sources)
     recorders = [Recorder(bound) for bound in bounds]
     valid = sources.valid if isinstance(sources, Sources) else [None] * len(bounds)
@@ -77,6 +79,7 @@ def _target(bound: Bound, source: Tensor | None, valid: Tensor | None) -> Target
         decode=phase in ("decode", "both"),
         dense=source is None and bound.edit.slots is None,
         rows=next(iter(written), None),
+        slots=bound.edit.slots if source is None else source.shape[1],
         expected=None if valid is None else valid.cpu(),
     )
 
@@ -89,7 +92,7 @@ def _as_tensor(source: Tensor | None, bound: Bound) -> Tensor | None:
 
 
 def _checked_sources(bounds: Sequence[Bound], sources: Sequence[Tensor | None] | None) -> list[Tensor | None]:
-    given = [None] * len(bounds) if sources is None else list(sources)
+    given: list[Tensor | None] = [None] * len(bounds) if sources is None else list(sources)
     if len(given) != len(bounds):
         raise ShapeMismatch(
             f"Plan of {len(bounds)} interventions: {len(given)} sources were given. "
@@ -136,21 +139,31 @@ def capture(
     if len(where) != len(wanted):
         raise ShapeMismatch(f"Capture of {len(wanted)} sites: {len(where)} positions. Give one for all or one each.")
     taps = [resolve(model, site) for site in wanted]
+    for tap in taps:
+        check_axes(model, tap)
+    resolved = [tap.site for tap in taps]
+    for site, tap in zip(wanted, taps, strict=True):
+        if resolved.count(tap.site) > 1:
+            raise ShapeMismatch(f"Capture of {site}: it is named twice. Name it once, or capture in nested blocks.")
     targets = [
-        Target(f"capture at {site}", AllTokens() if p is None else p, dense=p is None)
+        Target(
+            f"Capture at {site}",
+            AllTokens() if p is None else p,
+            dense=p is None,
+            padding=p is None,
+            rows=getattr(p, "rows", None),
+        )
         for site, p in zip(wanted, where, strict=True)
     ]
-    captured = Captured(wanted)
+    captured = Captured(wanted, resolved)
     block = Block(model, targets, prompt)
     with ExitStack() as stack:
         block.enter(stack)
         for number, (site, tap) in enumerate(zip(wanted, taps, strict=True)):
             stop_at = len(wanted) if stop_after_last else None
             watch_tap(stack, tap, Reader(number, site, tap, block, captured, stop_at))
-        try:
+        with suppress(Stop):
             yield captured
-        except Stop:
-            pass
         missing = [str(site) for site in wanted if not captured.every(site)]
         if missing:
             raise NotApplied(
@@ -177,7 +190,7 @@ def collect_sources(model: nn.Module, plan: Plan, source: Batch | Sequence[Batch
             continue
         members = [number for number in needing if batches[number] is batch]
         # one capture per distinct (site, positions), so that interventions may share a site
-        keys = {number: (plan[number].site, _source_positions(plan[number])) for number in members}
+        keys = {n: (resolve(model, plan[n].site).site, _source_positions(plan[n])) for n in members}
         distinct = list(dict.fromkeys(keys.values()))
         for group in _without_repeated_sites(distinct):
             acts = _captured(model, group, batch)

@@ -7,12 +7,12 @@ value that knows which model, site and tokens it came from, so that applying it 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from intervene.errors import BadVector, ShapeMismatch
+from intervene.errors import BadVector, InterveneError, ShapeMismatch
 from intervene.sites import Site
 
 LAYER_CONVENTION = "0-based block index; block_output of layer l is the residual stream after block l"
@@ -78,7 +78,11 @@ class SteeringVector:
         if not self.stream_norm > 0:
             raise BadVector(f"Vector at {self.site}: its stream norm is unknown. Use Add(v, strength, relative=True).")
         return SteeringVector(
-            **{**self.provenance(), "site": self.site, "vector": self.vector * (fraction * self.stream_norm / self.norm)}
+            **{
+                **self.provenance(),
+                "site": self.site,
+                "vector": self.vector * (fraction * self.stream_norm / self.norm),
+            }
         )
 
     def provenance(self) -> dict[str, Any]:
@@ -109,26 +113,37 @@ class Activations:
 def pool(h: Tensor, valid: Tensor, pooling: Pooling) -> Tensor:
     """Return (N, D) from activations (B, P, D): one row per example, or with "tokens" one per valid token.
 
+    `valid` (B, P) bool says which slots hold a token. A mean is taken in at least fp32, where a count above 256 is
+    still exact; everything else keeps the dtype of `h`.
+
     Raises:
-        ShapeMismatch: an example has no valid token.
+        ShapeMismatch: an example has no valid token. InterveneError: no such pooling.
     """
+    if pooling not in get_args(Pooling):
+        raise InterveneError(f"Pooling {pooling!r}: there is none. Use one of {', '.join(get_args(Pooling))}.")
     if not bool(valid.any(1).all()):
         row = int((~valid.any(1)).nonzero()[0])
         raise ShapeMismatch(f"Pooling {pooling!r}: example {row} has no selected token. Choose other positions.")
     if pooling == "tokens":
         return h[valid]
     if pooling == "mean":
-        weights = valid.to(h.dtype)[..., None]
-        return (torch.where(valid[..., None], h, torch.zeros_like(h)) * weights).sum(1) / weights.sum(1)
-    slot = torch.zeros(len(h), dtype=torch.int64) if pooling == "first" else valid.sum(1).cpu() - 1
-    return h[torch.arange(len(h)), slot]
+        wide = h.to(torch.promote_types(h.dtype, torch.float32))
+        return wide.masked_fill(~valid[..., None], 0).sum(1) / valid.sum(1, keepdim=True)
+    ordinal = torch.arange(h.shape[1], device=h.device)
+    slots = torch.where(valid, ordinal, h.shape[1]).amin(1) if pooling == "first" else (valid * ordinal).amax(1)
+    return h[torch.arange(len(h), device=h.device), slots]
 
 
-def _same_place(positive: Activations, negative: Activations) -> None:
+def _check_contrast(positive: Activations, negative: Activations) -> None:
     for name in ("site", "fingerprint", "pooling"):
         left, right = getattr(positive, name), getattr(negative, name)
         if left != right:
             raise BadVector(f"Contrast: {name} is {left} for the positive and {right} for the negative. Collect alike.")
+    for name, side in (("positive", positive), ("negative", negative)):
+        bad = int((~torch.isfinite(side.values)).sum())
+        if bad or not len(side.values):
+            found = f"{bad} NaN or infinite entries of {side.values.numel()}" if bad else "no rows"
+            raise BadVector(f"Contrast: the {name} activations have {found}. Check the batches they came from.")
 
 
 def _vector(direction: Tensor, positive: Activations, negative: Activations, method: str) -> SteeringVector:
@@ -151,7 +166,7 @@ def mean_difference(positive: Activations, negative: Activations) -> SteeringVec
 
     Source: contrastive activation addition, Rimsky et al. 2023 (arXiv 2312.06681).
     """
-    _same_place(positive, negative)
+    _check_contrast(positive, negative)
     direction = positive.values.double().mean(0) - negative.values.double().mean(0)
     return _vector(direction, positive, negative, "mean_difference")
 
@@ -165,7 +180,7 @@ def pca_direction(positive: Activations, negative: Activations) -> SteeringVecto
     Raises:
         ShapeMismatch: the two sets are not paired row by row.
     """
-    _same_place(positive, negative)
+    _check_contrast(positive, negative)
     if positive.values.shape != negative.values.shape:
         raise ShapeMismatch(
             f"PCA direction: {len(positive.values)} positive and {len(negative.values)} negative rows. "
@@ -185,7 +200,7 @@ def probe_direction(positive: Activations, negative: Activations, *, c: float = 
     """
     from sklearn.linear_model import LogisticRegression  # a dependency of the commands, not of the core
 
-    _same_place(positive, negative)
+    _check_contrast(positive, negative)
     both = torch.cat([positive.values, negative.values]).double()
     labels = [1] * len(positive.values) + [0] * len(negative.values)
     mean, spread = both.mean(0), both.std(0).clamp_min(1e-8)
@@ -193,5 +208,3 @@ def probe_direction(positive: Activations, negative: Activations, *, c: float = 
     probe.fit(((both - mean) / spread).cpu().numpy(), labels)
     direction = torch.from_numpy(probe.coef_[0]).to(both) / spread
     return _vector(direction / direction.norm(), positive, negative, "logistic_probe")
-
-

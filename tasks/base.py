@@ -11,6 +11,7 @@ is rendered and how one pair is drawn; this file sees to distinctness, seeds and
 from __future__ import annotations
 
 import random
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from tasks.tokens import Tokenizer
 SPLITS = ("train", "select", "test")
 # Draws that may repeat an earlier pair, in a row, before the lists count as used up.
 _PATIENCE = 1000
+_FIELD = re.compile(r"\{(\w+)\}")
 
 
 @dataclass(frozen=True)
@@ -212,3 +214,15 @@ def split_in_order(items: Sequence[str], shares: Mapping[str, int]) -> dict[str,
     for index, item in enumerate(items):
         parts[round_of[index % len(round_of)]].append(item)
     return {split: tuple(part) for split, part in parts.items()}
+
+
+def fill(template: str, values: Mapping[str, Any]) -> tuple[str, dict[str, tuple[int, int]]]:
+    """Return `template` with each {field} replaced, and field -> its characters [begin, end) in the result."""
+    text, spans, done = "", {}, 0
+    for match in _FIELD.finditer(template):
+        text += template[done : match.start()]
+        value = str(values[match[1]])
+        spans[match[1]] = (len(text), len(text) + len(value))
+        text += value
+        done = match.end()
+    return text + template[done:], spans

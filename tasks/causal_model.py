@@ -110,7 +110,7 @@ class CausalModel:
 
         `sources` maps variable -> source inputs (or full setting). All are held at once.
 
-        Source: interchange intervention, Geiger et al. 2021 (arXiv 2106.02997), definition in section 2.
+        Source: interchange intervention, Geiger et al. 2021 (arXiv 2106.02997).
         """
         for name in sources:
             self._require_known(name)

@@ -95,20 +95,21 @@ def inspect(task: Task, pairs: Sequence[Pair], split: str | None = None) -> Pair
     entity is looked up in the lists of `split` (by default that of a `PairSet`; None skips this).
 
     Raises:
-        BadData: there are no pairs.
+        BadData: there are no pairs, or a setting is one that the causal model cannot run.
         UnknownName: the task has no such split.
     """
     if split is None and isinstance(pairs, PairSet):
         split = pairs.split
     if split is not None:
         require_known(f"{task.name} split", split, task.splits)
+    problems = tuple(line for index, pair in enumerate(pairs) for line in _problems(task, index, pair, split))
     trivial = [task.trivial_answers(pair) for pair in pairs]
     labels = [pair.label for pair in pairs]
     names = trivial[0] if trivial else {}
     informative = sum(pair.label not in (pair.base.answer, pair.source.answer) for pair in pairs)
     return PairReport(
         n=len(pairs),
-        problems=tuple(line for index, pair in enumerate(pairs) for line in _problems(task, index, pair, split)),
+        problems=problems,
         labels=dict(Counter(labels)),
         kinds=dict(Counter(task.kind(pair) for pair in pairs)),
         baselines=baselines(labels, {name: [answers[name] for answers in trivial] for name in names}),
@@ -166,8 +167,8 @@ def _problems(task: Task, index: int, pair: Pair, split: str | None) -> list[str
             *_example_problems(task, pair.source, f"pair {index}, source"),
         ]
         right = task.label(pair.variable, pair.base.setting, pair.source.setting)
-    except (TaskError, KeyError) as error:
-        return [f"pair {index}: its setting cannot be run ({error}). Remove the pair."]
+    except (TaskError, KeyError, TypeError, IndexError) as error:
+        raise BadData(f"{task.name}, pair {index}: its setting cannot be run ({error!r}). Remove the pair.") from error
     if pair.label != right:
         found.append(f"pair {index}: label {pair.label!r}, and the causal model gives {right!r}. Use that.")
     if split is not None:

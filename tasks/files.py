@@ -39,7 +39,9 @@ def write_pairs(pairs: PairSet, path: str | Path, *, overwrite: bool = False) ->
     try:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     except TypeError as error:
-        raise BadData(f"{path}: a setting does not fit into JSON ({error}). Use texts, numbers and booleans.") from error
+        raise BadData(
+            f"{path}: a setting does not fit into JSON ({error}). Use texts, numbers and booleans."
+        ) from error
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -94,7 +96,9 @@ def _parse(path: Path, number: int, line: str) -> Mapping[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise BadData(f"{path}: data row is not JSON (line {number}): {error.msg}. Write one object per line.") from None
+        raise BadData(
+            f"{path}: data row is not JSON (line {number}): {error.msg}. Write one object per line."
+        ) from None
     if not isinstance(row, dict):
         raise BadData(f"{path}: data row is no object (line {number}). Write {{...}} with {', '.join(_PAIR_FIELDS)}.")
     return row

@@ -1,4 +1,4 @@
-"""Indirect object identification with two names: "When Mary and John went to the store, John gave a drink to" -> " Mary".
+"""Indirect object identification, two names: "While Mary and John went to the store, John gave a drink to" -> " Mary".
 
     task = IOI().for_tokenizer(tokenizer)           # only names, places and objects that are one token
     pairs = task.pairs("train", variable="position", n=1000)
@@ -19,12 +19,11 @@ Source: the task is of Wang et al. 2022 (arXiv 2211.00593), the variables of Mue
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tasks.base import SPLITS, Example, Pair, Task, split_in_order
+from tasks.base import SPLITS, Example, Pair, Task, fill, split_in_order
 from tasks.causal_model import CausalModel
 from tasks.errors import BadModel, NotEnough
 from tasks.tokens import Tokenizer, single_tokens
@@ -50,8 +49,14 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "Once {name1} and {name2} moved to the {place}, {subject} lent a {object} to",
     ),
 }
+
+
+def _listed(words: str) -> tuple[str, ...]:
+    return tuple(words.split())
+
+
 # Common English first names, women's and men's in turn.
-NAMES = tuple(
+NAMES = _listed(
     """Mary John Sarah Michael Jennifer David Linda James Elizabeth Robert Susan William Jessica Richard Karen Thomas
     Nancy Charles Lisa Daniel Margaret Matthew Sandra Anthony Ashley Mark Emily Steven Donna Paul Michelle Andrew Carol
     Joshua Amanda Kenneth Melissa Kevin Deborah Brian Stephanie George Rebecca Edward Laura Ronald Sharon Timothy
@@ -63,19 +68,18 @@ NAMES = tuple(
     Kathryn Noah Gloria Gerald Teresa Carl Doris Terry Sara Sean Janice Austin Julia Arthur Marie Lawrence Madison
     Jesse Grace Dylan Judy Bryan Theresa Joe Beverly Jordan Denise Billy Marilyn Bruce Amber Albert Danielle Willie
     Rose Gabriel Brittany Logan Diana Alan Abigail Juan Jane Wayne Lori Roy Kate Ralph Lucy Randy Claire Eugene
-    Charlotte Vincent Sophia Russell Helen Louis Molly Philip Barbara Bobby Simon Ellen Johnny Leo Eva Oscar""".split()
+    Charlotte Vincent Sophia Russell Helen Louis Molly Philip Barbara Bobby Simon Ellen Johnny Leo Eva Oscar"""
 )
-PLACES = tuple(
+PLACES = _listed(
     """store park school office restaurant garden station market beach hospital library museum theater hotel kitchen
-    church bank farm airport zoo river mall bar gym pool lake camp house bakery shop""".split()
+    church bank farm airport zoo river mall bar gym pool lake camp house bakery shop"""
 )
 # Each takes "a", not "an".
-OBJECTS = tuple(
+OBJECTS = _listed(
     """drink ring book ball gift letter key basket bottle box card phone cup hat pen toy map flower coin ticket bag
-    shirt cake watch necklace computer bone sandwich picture bike""".split()
+    shirt cake watch necklace computer bone sandwich picture bike"""
 )
 _SHARES = {"train": 2, "select": 1, "test": 2}
-_FIELD = re.compile(r"\{(\w+)\}")
 _KINDS = ("same", "different")
 
 
@@ -135,9 +139,9 @@ class IOI(Task):
         return {**single, "name": frozenset({setting["name1"], setting["name2"], setting["subject"]})}
 
     def render(self, setting: Mapping[str, Any]) -> Example:
-        """Return the prompt with its spans: name1, name2, subject2, after_subject2 (the next word), place, object, last.
+        """Return the prompt with its spans: name1, name2, place, subject2, after_subject2, object, last.
 
-        `subject2` is the second occurrence of the repeated name, `last` the last word.
+        `subject2` is the second occurrence of the repeated name, `after_subject2` the next word, `last` the last one.
         """
         prompt, spans = fill(setting["template"], setting)
         spans["subject2"] = spans.pop("subject")
@@ -197,18 +201,6 @@ class IOI(Task):
             "place": rng.choice(self.words[split]["place"]),
             "object": rng.choice(self.words[split]["object"]),
         }
-
-
-def fill(template: str, values: Mapping[str, Any]) -> tuple[str, dict[str, tuple[int, int]]]:
-    """Return `template` with each {field} replaced, and field -> its characters [begin, end) in the result."""
-    text, spans, done = "", {}, 0
-    for match in _FIELD.finditer(template):
-        text += template[done : match.start()]
-        value = str(values[match[1]])
-        spans[match[1]] = (len(text), len(text) + len(value))
-        text += value
-        done = match.end()
-    return text + template[done:], spans
 
 
 def _next_word(text: str, end: int) -> tuple[int, int]:

@@ -55,7 +55,8 @@ class Lens:
         def hook(vector: Tensor) -> Callable[..., Tensor]:
             return lambda value, hook: value + vector
 
-        return lambda: self._hooked([(self._out(layer), hook(self.work.vectors[layer])) for layer in layers])
+        hooks = [(self._out(layer), hook(self.work.vectors[layer])) for layer in layers]
+        return lambda: self._hooked(hooks)
 
     def _add_last(self, layers: tuple[int, ...]) -> Callable[[], Tensor]:
         def hook(vector: Tensor) -> Callable[..., Tensor]:
@@ -65,7 +66,8 @@ class Lens:
 
             return edit
 
-        return lambda: self._hooked([(self._out(layer), hook(self.work.vectors[layer])) for layer in layers])
+        hooks = [(self._out(layer), hook(self.work.vectors[layer])) for layer in layers]
+        return lambda: self._hooked(hooks)
 
     def _sources(self, layers: tuple[int, ...]) -> list[Tensor]:
         names, mask = [self._out(layer) for layer in layers], self.work.source["attention_mask"]

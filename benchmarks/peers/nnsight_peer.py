@@ -20,7 +20,7 @@ class Nnsight:
     def __init__(self, work: Workload) -> None:
         self.work = work.own_copy() if work.base["input_ids"].device.type != "pretend" else work
         tokenizer = token_names(self.work.model.config.vocab_size)
-        self.model = nnsight.TransformersModel(self.work.model, tokenizer=tokenizer)
+        self.model = nnsight.TransformersModel(self.work.model, tokenizer=tokenizer, device=self.work.vectors.device)
         inner = self.model.transformer if hasattr(self.work.model, "transformer") else self.model.model
         self.blocks = list(inner.h if hasattr(self.work.model, "transformer") else inner.layers)
         gpt2 = hasattr(self.work.model, "transformer")

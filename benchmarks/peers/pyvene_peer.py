@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from benchmarks.peers.raw_hooks import _tensor
 from benchmarks.workload import HEAD, RANK, Workload
 
 with contextlib.redirect_stdout(io.StringIO()):  # greets on import
@@ -25,7 +24,7 @@ class Pyvene:
     """Freezes the model it is given and removes every hook on it."""
 
     name, distribution = "pyvene", "pyvene"
-    extra_cases = {"swap_ungrouped": "swap_last"}
+    extra_cases: ClassVar = {"swap_ungrouped": "swap_last"}
 
     def __init__(self, work: Workload) -> None:
         self.work = work.own_copy() if work.base["input_ids"].device.type != "pretend" else work
@@ -57,20 +56,14 @@ class Pyvene:
             wrapped = self._swap(case, sites)
             return lambda: wrapped(base, [source], {"sources->base": (last, last)})[1].logits
         if case == "zero_head":
-            heads = [
-                {"layer": layer, "component": "head_attention_value_output", "unit": "h"} for layer in work.layers
-            ]
+            heads = [{"layer": layer, "component": "head_attention_value_output", "unit": "h"} for layer in work.layers]
             wrapped = self._wrap(heads, pyvene.ZeroIntervention)
             return lambda: wrapped(base, unit_locations={"base": HEAD})[1].logits
         assert case == "collect"
-        wrapped = self._wrap(sites, pyvene.CollectIntervention)
-
-        def collect() -> list[Tensor]:
-            kept = wrapped(base, unit_locations=everywhere)[0][1]
-            # (1, ...) per example or a tuple per site, by version; as one (B, S, D) tensor a site
-            return [_tensor(one) for one in kept]
-
-        return collect
+        # it keeps as many numbers as the declared units have, whatever it is given: all tokens must be declared
+        tokens = {"max_number_of_units": last + 1}
+        wrapped = self._wrap([{**site, **tokens} for site in sites], pyvene.CollectIntervention)
+        return lambda: wrapped(base, unit_locations=everywhere)[0][1]
 
     def _swap(self, case: str, sites: list[dict[str, Any]]) -> Any:
         if case != "das_last":

@@ -54,7 +54,8 @@ class RawHooks:
         def hook(vector: Tensor) -> Callable[..., Any]:
             return lambda module, args, output: _replace(output, _tensor(output) + vector)
 
-        return lambda: self._run(work, [hook(work.vectors[layer]) for layer in work.layers])
+        hooks = [hook(work.vectors[layer]) for layer in work.layers]
+        return lambda: self._run(work, hooks)
 
     def _add_last(self, work: Workload) -> Callable[[], Tensor]:
         def hook(vector: Tensor) -> Callable[..., Any]:
@@ -65,7 +66,8 @@ class RawHooks:
 
             return edit
 
-        return lambda: self._run(work, [hook(work.vectors[layer]) for layer in work.layers])
+        hooks = [hook(work.vectors[layer]) for layer in work.layers]
+        return lambda: self._run(work, hooks)
 
     def _sources(self, work: Workload) -> list[Tensor]:
         kept: list[Tensor] = []

@@ -200,7 +200,7 @@ def test_value_heads_are_those_of_the_cache(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in TINY if name not in QK_NORM])
 def test_key_heads_are_those_of_the_cache(name: str) -> None:
     model = model_of(name)
-    heads, groups = heads_of(model)
+    _, groups = heads_of(model)
     batch = {key: value[:, :4] for key, value in tiny_batch(model).items()}  # within every sliding window
     cache_ = DynamicCache(config=model.config)
     sites = [f"L1.head_key_output[{group}]" for group in range(groups)]

@@ -68,15 +68,17 @@ def collect(model: nn.Module, component: str, layer: int, base: Tensor, location
     engine = wrapped(model, {"layer": layer, "component": component, "intervention": pyvene.CollectIntervention()})
     with torch.no_grad():
         (_, collected), _ = engine({"input_ids": base}, unit_locations=locations)
-    return torch.stack(list(collected))
+    (activations,) = collected  # (B, P, D)
+    return activations
 
 
-def low_rank(frame: Tensor, **options: Any) -> Any:
-    """Return pyvene's low-rank DAS intervention with this (D, K) orthonormal frame."""
-    width, rank = frame.shape
-    module = pyvene.LowRankRotatedSpaceIntervention(embed_dim=width, low_rank_dimension=rank, **options)
-    module.rotate_layer.weight = frame
-    return module
+def low_rank(width: int, rank: int, seed: int = 0) -> tuple[Any, Tensor]:
+    """Return pyvene's low-rank DAS intervention and the (D, K) orthonormal frame that it makes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module = pyvene.LowRankRotatedSpaceIntervention(embed_dim=width, low_rank_dimension=rank)
+    module.double()  # compared in fp64: in fp32 two orders of the same products differ by up to 1.5e-6 in the logits
+    return module, module.rotate_layer.weight.detach()
 
 
 def positions(base: Sequence[Sequence[int]], source: Sequence[Sequence[int]] | None = None) -> dict[str, Any]:

@@ -1,0 +1,647 @@
+"""Plans and vectors on disk: the same outputs bit for bit, whole or refused, and nothing run that a file names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import fields
+from functools import cache
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from intervene import (
+    PCA,
+    SAE,
+    Add,
+    Affine,
+    AllTokens,
+    At,
+    BoundarySwap,
+    Coordinates,
+    DecodeSteps,
+    Featurizer,
+    First,
+    GatedSwap,
+    Identity,
+    Intervention,
+    LastToken,
+    Mask,
+    Match,
+    Noise,
+    ProbeAbove,
+    Project,
+    ProjectionAbove,
+    Prompt,
+    Response,
+    Scale,
+    Set,
+    Site,
+    Span,
+    SteeringVector,
+    StopGradient,
+    StoreError,
+    Subspace,
+    Swap,
+    WrongModel,
+    Zero,
+    collect_sources,
+    fingerprint,
+    interchange,
+    intervene,
+)
+from intervene.codecs import CONDITION_CODECS, EDIT_CODECS, FEATURIZER_CODECS, POSITION_CODECS
+from intervene.conditions import CONDITIONS
+from intervene.edits import EDITS
+from intervene.featurizers import FEATURIZERS
+from intervene.interventions import modules_of
+from intervene.positions import Positions
+from intervene.pyvene_compat import PyveneEdit
+from intervene.store import load_plan, load_vector, save_plan, save_vector
+from tests.tiny import tiny_batch, tiny_model
+
+D = 32
+llama = cache(lambda: tiny_model("llama", num_hidden_layers=2))  # no test changes it
+
+
+def randn(*shape, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def frame(rank):
+    return torch.linalg.qr(randn(D, rank, seed=2)).Q
+
+
+def frozen_after_training():
+    made = Subspace.from_weight(randn(D, 4))  # as an optimiser leaves it: far from orthonormal
+    made.weight.requires_grad_(False)
+    return made
+
+
+def sae(activation, **options):
+    threshold = randn(6, seed=8).abs() if activation == "jumprelu" else None
+    return SAE(
+        randn(D, 6), randn(6, D, seed=5), encoder_bias=randn(6, seed=6), decoder_bias=randn(D, seed=7),
+        threshold=threshold, activation=activation, **options,
+    )  # fmt: skip
+
+
+LENSES = {
+    "identity": Identity,
+    "coordinates": lambda: Coordinates([5, 0, 31]),
+    "subspace": lambda: Subspace.from_weight(randn(D, 4)),
+    "subspace, frozen after training": frozen_after_training,
+    "subspace, random": lambda: Subspace(D, 3, seed=4, trainable=False),
+    "subspace, given": lambda: Subspace.from_frame(frame(4)),
+    "subspace, given in column order": lambda: Subspace.from_frame(frame(4).mT.contiguous().mT),
+    "pca": lambda: PCA.fit(randn(50, D), 4),
+    "sae relu": lambda: sae("relu", centred=True),
+    "sae jumprelu": lambda: sae("jumprelu"),
+}
+
+
+def filled(module):
+    """Return `module` with every parameter redrawn, as if it had learned."""
+    with torch.no_grad():
+        for number, parameter in enumerate(module.parameters()):
+            parameter.add_(0.3 * randn(*parameter.shape, seed=20 + number))
+    return module
+
+
+def vector_at(site="L1.block_output", width=D, **changes):
+    values = {"vector": randn(width, seed=9), "site": Site.parse(site), "fingerprint": fingerprint(llama())}
+    return SteeringVector(**{**values, "method": "mean_difference", "model": "tiny", "pooling": "last", **changes})
+
+
+EDIT_CASES = {
+    "swap": lambda k: Swap(),
+    "zero": lambda k: Zero(),
+    "scale": lambda k: Scale(1 / 3),
+    "add": lambda k: Add(randn(k), 0.7),
+    "add, relative": lambda k: Add(randn(k), 0.1, relative=True),
+    "add, per example": lambda k: Add(randn(2, k), torch.tensor([0.3, -2.0])),
+    "add, per position": lambda k: Add(randn(2, 2, k)),
+    "add, trainable": lambda k: Add(torch.zeros(k), trainable=True),
+    "set": lambda k: Set(randn(k)),
+    "set, trained": lambda k: filled(Set(torch.zeros(k), trainable=True)),
+    "project": lambda k: Project(randn(k)),
+    "gated": lambda k: filled(GatedSwap(k, temperature=0.37)),
+    "gated, hard": lambda k: filled(GatedSwap(k)).eval(),
+    "gated, tied": lambda k: filled(GatedSwap(k, tied=True)),
+    "boundary": lambda k: BoundarySwap(k, fraction=0.6, temperature=0.11),
+    "boundary, hard": lambda k: BoundarySwap(k, fraction=0.6).eval(),
+    "affine": lambda k: filled(Affine(k)),
+    "stop gradient": lambda k: StopGradient(torch.arange(k) % 2 == 0),
+    "stop all gradient": lambda k: StopGradient(),
+    "noise": lambda k: Noise(0.2, seed=5),
+}
+WHERE = At([[1, -1], [0, 2]])
+
+
+def logits(plan):
+    model = llama()
+    with torch.no_grad():
+        return interchange(model, plan, tiny_batch(model, "left"), tiny_batch(model, "left", seed=1)).logits
+
+
+def same_flags(left, right):
+    assert type(left) is type(right) and left.training == right.training
+    ours, theirs = dict(left.named_parameters()), dict(right.named_parameters())
+    ours, theirs = {**ours, **dict(left.named_buffers())}, {**theirs, **dict(right.named_buffers())}
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
+        assert tensor.requires_grad == theirs[name].requires_grad, name
+        assert isinstance(tensor, nn.Parameter) == isinstance(theirs[name], nn.Parameter), name
+
+
+def round_trip(plan, folder, **options):
+    return load_plan(save_plan(plan, folder / "plan"), **options)
+
+
+def test_every_class_has_a_codec_and_no_other():
+    assert EDIT_CODECS.keys() == EDITS.keys()
+    assert FEATURIZER_CODECS.keys() == FEATURIZERS.keys()
+    assert CONDITION_CODECS.keys() == CONDITIONS.keys()
+    ours = {kind.__name__ for kind in Positions.__subclasses__() if kind.__module__.startswith("intervene.")}
+    assert POSITION_CODECS.keys() == ours
+    assert {type(make(4)).__name__ for make in EDIT_CASES.values()} == EDITS.keys()
+    assert {type(make()).__name__ for make in LENSES.values()} == FEATURIZERS.keys()
+
+
+@pytest.mark.parametrize("lens", LENSES)
+def test_the_loaded_plan_gives_the_same_logits_bit_for_bit(lens, tmp_path):
+    featurizer = LENSES[lens]()
+    edits = {name: make(featurizer.features(D)) for name, make in EDIT_CASES.items()}
+    plan = [Intervention("L1.block_output", edit, WHERE, featurizer) for edit in edits.values()]
+    loaded = round_trip(plan, tmp_path)
+    plain = logits([Intervention("L1.block_output", Scale(1.0), WHERE)])
+    same_flags(featurizer, loaded[0].featurizer)
+    for name, old, new in zip(edits, plan, loaded, strict=True):
+        same_flags(old.edit, new.edit)
+        before = logits([old])
+        assert torch.equal(before, logits([new])), name
+        shows = name not in ("stop gradient", "stop all gradient", "add, trainable")
+        assert not shows or not torch.equal(before, plain), f"{name} shows in nothing"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_of_a_loaded_plan_are_the_same_bit_for_bit(training, tmp_path):
+    plan = [Intervention("L0.mlp_output", filled(GatedSwap(4)).train(training), LastToken(), Subspace(D, 4))]
+    model, gradients = llama(), []
+    for each in (plan, round_trip(plan, tmp_path)):
+        base, source = tiny_batch(model), tiny_batch(model, seed=1)
+        with intervene(model, each, collect_sources(model, each, source)):
+            model(**base).logits.square().mean().backward()
+        gradients.append([parameter.grad for module in modules_of(each) for parameter in module.parameters()])
+    model.zero_grad()
+    assert [g is None for g in gradients[0]] == [g is None for g in gradients[1]] == [False, not training]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True) if a is not None)
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        AllTokens(),
+        LastToken(),
+        First(3),
+        At(2),
+        At(0, -1),
+        At([[3, 1], [5, 2]]),
+        Span(1, -1),
+        Span(2),
+        Prompt(),
+        Prompt(marker=(5, 6)),
+        Response((7,)),
+        DecodeSteps(1, 4),
+        DecodeSteps(),
+        Match([4, 5], occurrence=-1, token=0),
+    ],
+    ids=repr,
+)
+def test_positions_come_back_equal(positions, tmp_path):
+    loaded = round_trip([Intervention("L0.mlp_output", Swap(), LastToken(), source_positions=positions)], tmp_path)
+    assert loaded[0].source_positions == positions
+    assert loaded[0].positions == LastToken()
+
+
+def test_a_mask_comes_back_equal(tmp_path):
+    mask = torch.tensor([[True, False], [False, True]])
+    loaded = round_trip([Intervention("L0.mlp_output", Zero(), Mask(mask), source_positions=Mask(~mask))], tmp_path)
+    assert loaded[0].positions.selected.dtype == torch.bool
+    assert torch.equal(loaded[0].positions.selected, mask)
+    assert torch.equal(loaded[0].source_positions.selected, ~mask)
+
+
+class Tokenizer:
+    """Equal to none but itself, as tokenizers are."""
+
+
+def test_a_match_on_text_asks_for_its_tokenizer(tmp_path):
+    tokenizer = Tokenizer()
+    plan = [Intervention("L0.mlp_output", Zero(), Match(" Paris", tokenizer=tokenizer, occurrence=-1, token=0))]
+    save_plan(plan, tmp_path / "plan", tokenizer_name="org/some-model")
+    with pytest.raises(StoreError, match=r"Match\(' Paris'\).*Pass tokenizer=.*saved with 'org/some-model'"):
+        load_plan(tmp_path / "plan")
+    assert load_plan(tmp_path / "plan", tokenizer=tokenizer)[0].positions == plan[0].positions
+
+
+def test_everything_else_of_an_intervention_comes_back(tmp_path):
+    when = ProjectionAbove(randn(D), 0.1, cosine=True, per="example")
+    plan = [
+        Intervention("L-1.head_output[1,3]", Zero(), AllTokens(), phase="decode", when=when),
+        Intervention("embedding_output", Zero(), phase="prompt", when=ProbeAbove(randn(D), -0.3, 0.7)),
+        Intervention("path:model.layers.1.mlp.output", Zero(), elsewhere="a test"),
+    ]
+    loaded = round_trip(plan, tmp_path)
+    for old, new in zip(plan, loaded, strict=True):
+        for field in ("site", "phase", "elsewhere", "positions"):
+            assert getattr(old, field) == getattr(new, field)
+    assert loaded[2].when is None
+    h = randn(2, 5, D, seed=3)
+    for old, new in zip(plan[:2], loaded[:2], strict=True):
+        assert (old.when.per, old.when.threshold) == (new.when.per, new.when.threshold)
+        assert torch.equal(old.when.score(h), new.when.score(h))
+    assert loaded[0].when.cosine is True and loaded[1].when.bias == -0.3
+
+
+def test_a_shared_module_stays_one_object_and_others_stay_apart(tmp_path):
+    lens, edit = Subspace(D, 2), Swap()
+    plan = [
+        Intervention("L0.mlp_output", edit, LastToken(), lens),
+        Intervention("L1.mlp_output", edit, LastToken(), lens),
+        Intervention("L1.mlp_output", Swap(), LastToken(), Subspace(D, 2)),
+    ]
+    loaded = round_trip(plan, tmp_path)
+    assert loaded[0].featurizer is loaded[1].featurizer and loaded[0].edit is loaded[1].edit
+    assert loaded[2].featurizer is not loaded[0].featurizer and loaded[2].edit is not loaded[0].edit
+    assert len(list(modules_of(loaded))) == len(list(modules_of(plan))) == 4
+
+
+def test_a_parameter_tied_between_two_modules_is_refused(tmp_path):
+    first, second = Affine(4), Affine(4)
+    second.weight = first.weight
+    plan = [Intervention("L0.mlp_output", edit, featurizer=Subspace(D, 4)) for edit in (first, second)]
+    with pytest.raises(StoreError, match=r"edits\[1\]: its parameter weight is also one of edits\[0\].*whole module"):
+        save_plan(plan, tmp_path / "plan")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.float16])
+def test_every_tensor_keeps_its_dtype(dtype, tmp_path):
+    edit = Add(randn(D).to(dtype), torch.tensor([0.1, 0.2], dtype=dtype))
+    loaded = round_trip([Intervention("L0.mlp_output", edit)], tmp_path)[0].edit
+    assert loaded.vector.dtype == loaded.strengths.dtype == dtype
+    assert torch.equal(loaded.vector, edit.vector) and torch.equal(loaded.strengths, edit.strengths)
+
+
+def test_a_vector_that_learned_to_be_zero_comes_back(tmp_path):
+    edit = Add(torch.zeros(D), trainable=True)
+    edit.vector.requires_grad_(False)
+    loaded = round_trip([Intervention("L0.mlp_output", edit)], tmp_path)[0].edit
+    assert not loaded.vector.any() and not loaded.vector.requires_grad
+
+
+def test_noise_goes_on_where_it_was(tmp_path):
+    edit = Noise(0.5, seed=3)
+    first = edit.draw(torch.zeros(2, 3))
+    loaded = round_trip([Intervention("L0.mlp_output", edit)], tmp_path)[0].edit
+    second = edit.draw(torch.zeros(2, 3))
+    assert torch.equal(loaded.draw(torch.zeros(2, 3)), second) and not torch.equal(first, second)
+
+
+def test_an_empty_plan_and_one_without_tensors_can_be_stored(tmp_path):
+    assert round_trip([], tmp_path) == ()
+    assert len(load_plan(save_plan([Intervention("L0.mlp_output", Zero())], tmp_path / "zero"))) == 1
+
+
+def test_the_provenance_of_a_vector_survives_and_still_guards(tmp_path):
+    model, vector = llama(), vector_at("L1.block_output", stream_norm=1 / 3, n_positive=5)
+    plan = [
+        Intervention("L1.block_output", Add(vector, 2.0)),
+        Intervention("L1.block_output", Project(vector)),
+        Intervention("L0.block_output", Add(vector)),
+    ]
+    loaded = round_trip(plan, tmp_path, model=model)
+    assert loaded[0].edit.made_for.provenance() == vector.provenance()
+    assert torch.equal(loaded[0].edit.made_for.vector, vector.vector)
+    with pytest.raises(WrongModel, match=r"made at L1\.block_output"), intervene(model, loaded[2:]):
+        pass
+
+
+def test_the_fingerprint_of_the_model_is_compared(tmp_path):
+    other, folder = tiny_model("llama", seed=1), tmp_path / "plan"
+    save_plan([Intervention("L1.block_output", Add(vector_at("L1.block_output")))], folder, model=llama())
+    assert load_plan(folder, model=llama())[0].elsewhere is None
+    assert load_plan(folder, model=llama(), elsewhere="needless")[0].elsewhere is None
+    with pytest.raises(WrongModel, match=rf"{fingerprint(llama())}.*this one is .*{fingerprint(other)}.*elsewhere="):
+        load_plan(folder, model=other)
+    forced = load_plan(folder, model=other, elsewhere="transfer test")
+    assert forced[0].elsewhere == "transfer test"
+    with torch.no_grad(), intervene(other, forced):
+        other(**tiny_batch(other))
+
+
+def test_the_header_says_what_it_holds(tmp_path):
+    folder = save_plan(
+        [Intervention("L1.head_output[0]", Zero())], tmp_path / "a" / "plan", model=llama(), notes={"why": ["x", 1]}
+    )
+    header = json.loads((folder / "plan.json").read_text())
+    assert header["schema"] == 1 and "0-based" in header["convention"] and header["notes"] == {"why": ["x", 1]}
+    assert header["model"] == {"name": "LlamaForCausalLM", "fingerprint": fingerprint(llama())}
+    assert header["sha256"] == hashlib.sha256((folder / "plan.safetensors").read_bytes()).hexdigest()
+    assert header["interventions"][0]["site"] == "L1.head_attention_value_output[0]"
+
+
+# what is refused
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_plan(
+        [Intervention("L0.mlp_output", Add(randn(D)), At(1), Subspace.from_frame(torch.eye(D)))], tmp_path / "plan"
+    )
+
+
+def rewritten(folder, change):
+    """Return `folder` with plan.json changed by change(header)."""
+    header = json.loads((folder / "plan.json").read_text())
+    change(header)
+    (folder / "plan.json").write_text(json.dumps(header))
+    return folder
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(StoreError, match=r"nowhere: there is no such folder\. Give"):
+        load_plan(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["plan.json", "plan.safetensors"])
+def test_half_a_folder_is_refused(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(StoreError, match=rf"{name} missing.*half written\. Save"):
+        load_plan(folder)
+
+
+def test_a_cut_json_is_refused(folder):
+    text = (folder / "plan.json").read_bytes()
+    for length in (0, 1, len(text) // 2, len(text) - 1):
+        (folder / "plan.json").write_bytes(text[:length])
+        with pytest.raises(StoreError, match="cut off or damaged"):
+            load_plan(folder)
+    (folder / "plan.json").write_bytes(b"\xff\xfe" + text)
+    with pytest.raises(StoreError, match="cut off or damaged"):
+        load_plan(folder)
+
+
+def test_cut_or_changed_tensors_are_refused(folder):
+    whole = (folder / "plan.safetensors").read_bytes()
+    for damaged in (whole[:-4], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        (folder / "plan.safetensors").write_bytes(damaged)
+        with pytest.raises(StoreError, match="SHA-256 differs"):
+            load_plan(folder)
+
+
+def test_a_newer_schema_is_refused_before_its_unknown_keys(folder):
+    def newer(header):
+        header.update(schema=3, something_new=1)
+
+    with pytest.raises(StoreError, match=r"schema 3, this version reads up to 1: upgrade\."):
+        load_plan(rewritten(folder, newer))
+
+
+@pytest.mark.parametrize("schema", [None, "1", 0, True, 1.0])
+def test_a_schema_that_is_no_number_is_refused(folder, schema):
+    with pytest.raises(StoreError, match="no schema number"):
+        load_plan(rewritten(folder, lambda header: header.update(schema=schema)))
+
+
+def test_json_that_is_no_plan_is_refused(folder):
+    (folder / "plan.json").write_text("[1, 2]")
+    with pytest.raises(StoreError, match="no schema number, found None"):
+        load_plan(folder)
+
+
+def change_record(group, **changes):
+    return lambda header: header[group][0].update(changes)
+
+
+def change_position(**changes):
+    return lambda header: header["interventions"][0]["positions"].update(changes)
+
+
+CHANGES = {
+    "edit kind": (change_record("edits", kind="Ad"), r"edits\[0\]: unknown kind 'Ad'\. Did you mean Add"),
+    "module path": (change_record("edits", kind="os.system"), r"unknown kind 'os\.system'"),
+    "featurizer kind": (change_record("featurizers", kind="Rotation"), r"featurizers\[0\]: unknown kind 'Rotation'"),
+    "list as kind": (change_record("featurizers", kind=["SAE"]), r"featurizers\[0\]"),
+    "positions kind": (change_position(kind="Somewhere"), r"interventions\[0\], positions: unknown kind 'Somewhere'"),
+    "edit of another group": (change_record("edits", kind="Identity"), "unknown kind 'Identity'"),
+    "other kind": (change_record("edits", kind="Swap", options={}), r"edits\[0\] \(Swap\)|edits\[0\]: tensors"),
+    "top key": (lambda header: header.update(colour=1), r"plan\.json: keys unknown colour"),
+    "lost key": (lambda header: header.pop("notes"), "missing notes"),
+    "record key": (change_record("edits", colour=1), r"edits\[0\]: keys unknown colour"),
+    "option key": (change_record("edits", options={"strength": 1.0, "relative": False, "power": 2}), "unknown power"),
+    "lost option": (change_record("edits", options={"strength": 1.0}), "missing relative"),
+    "item key": (change_record("interventions", speed=1), r"interventions\[0\]: keys unknown speed"),
+    "position option": (change_position(options={"indices": [1], "x": 1}), "unknown x"),
+    "option of another type": (change_record("edits", options={"strength": "much", "relative": False}), "do not fit"),
+    "no strength": (change_record("edits", options={"strength": None, "relative": False}), "do not fit together"),
+    "ragged": (change_position(options={"indices": [[1], [2, 3]]}), "ragged"),
+    "index": (change_record("interventions", edit=7), r"interventions\[0\]: edit 7, but 1 edits are stored"),
+    "negative index": (change_record("interventions", edit=-1), "edit -1"),
+    "no edit": (change_record("interventions", edit=None), "edit None"),
+    "no positions": (change_record("interventions", positions=None), "positions"),
+    "site": (change_record("interventions", site="L0.mlp_outptu"), r"interventions\[0\].*mlp_outptu"),
+    "phase": (change_record("interventions", phase="later"), "phase 'later'"),
+    "trainable": (change_record("edits", trainable=["weights"]), "do not fit together"),
+    "trainable of another type": (change_record("edits", trainable=None), "do not fit together"),
+    "origin without vector": (change_record("edits", origin={"site": "L0.mlp_output"}), "do not fit together"),
+    "list": (lambda header: header.update(edits={}), "edits is no list"),
+    "record": (lambda header: header.update(edits=[3]), r"edits\[0\]: keys missing"),
+    "convention": (lambda header: header.update(convention="1-based"), "counted as '1-based'"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_json_that_says_something_else_is_refused(folder, name):
+    change, message = CHANGES[name]
+    with pytest.raises(StoreError, match=message):
+        load_plan(rewritten(folder, change))
+
+
+def with_tensors(folder, change):
+    """Return `folder` with its tensors changed by change(dict), and the hash that fits them."""
+    tensors = load_file(folder / "plan.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "plan.safetensors")
+    digest = hashlib.sha256((folder / "plan.safetensors").read_bytes()).hexdigest()
+    return rewritten(folder, lambda header: header.update(sha256=digest))
+
+
+TENSOR_CHANGES = {
+    "lost": (lambda tensors: tensors.pop("edits.0.vector"), r"edits\[0\]: its values do not fit"),
+    "unknown": (lambda tensors: tensors.update({"edits.0.x": torch.ones(2)}), r"edits\[0\]: tensors .*'x'"),
+    "unowned": (lambda tensors: tensors.update(x=torch.ones(2)), "unknown tensors x"),
+    "of a later edit": (lambda tensors: tensors.update({"edits.1.vector": torch.ones(2)}), "unknown tensors edits.1"),
+    "NaN": (lambda tensors: tensors["edits.0.vector"].fill_(torch.nan), "vector has NaN or infinite entries"),
+    "four axes": (lambda tensors: tensors.update({"edits.0.vector": torch.ones(1, 1, 1, 2)}), r"Give \(D,\)"),
+    "wide frame": (lambda tensors: tensors.update({"featurizers.0.weight": torch.ones(2, 3)}), "need .D, K."),
+}
+
+
+@pytest.mark.parametrize("name", TENSOR_CHANGES)
+def test_tensors_that_do_not_fit_are_refused(folder, name):
+    change, message = TENSOR_CHANGES[name]
+    with pytest.raises(StoreError, match=message):
+        load_plan(with_tensors(folder, change))
+
+
+def test_a_pyvene_module_is_refused_by_name(tmp_path):
+    plan = [Intervention("L0.mlp_output", PyveneEdit(nn.Identity()))]
+    with pytest.raises(StoreError, match=r"edits\[0\]: PyveneEdit cannot be stored.*pyvene's own save\(\).*from_pyvene"):
+        save_plan(plan, tmp_path / "plan")
+
+
+def test_a_class_of_the_users_is_refused_even_under_a_known_name(tmp_path):
+    foreign = type("Identity", (Featurizer,), {"read": lambda self, h: h, "write": lambda self, h, z: z})
+    with pytest.raises(StoreError, match=r"featurizers\[0\]: Identity cannot be stored.*Coordinates"):
+        save_plan([Intervention("L0.mlp_output", Zero(), featurizer=foreign())], tmp_path / "plan")
+
+
+def test_what_could_not_be_read_back_is_refused_while_it_still_exists(tmp_path):
+    edit = Affine(4)
+    with torch.no_grad():
+        edit.weight[0, 0] = torch.nan
+    with pytest.raises(StoreError, match=r"edits\[0\].*weight has NaN"):
+        save_plan([Intervention("L0.mlp_output", edit, featurizer=Subspace(D, 4))], tmp_path / "plan")
+    with pytest.raises(StoreError, match="Notes must be plain"):
+        save_plan([], tmp_path / "plan", notes=object())
+    assert list(tmp_path.iterdir()) == [], "a failed save leaves nothing"
+
+
+def test_a_single_intervention_is_no_plan(tmp_path):
+    with pytest.raises(TypeError, match=r"Write \[intervention\]"):
+        save_plan(Intervention("L0.mlp_output", Zero()), tmp_path / "plan")
+
+
+# folders that exist
+
+
+def test_a_plan_is_not_overwritten_unless_asked(folder):
+    old = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(StoreError, match="holds a plan already.*overwrite=True"):
+        save_plan([], folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == old
+    save_plan([], folder, overwrite=True)
+    assert load_plan(folder) == ()
+
+
+def test_half_a_plan_is_not_overwritten_unless_asked(folder):
+    (folder / "plan.json").unlink()
+    with pytest.raises(StoreError, match="holds a plan already"):
+        save_plan([], folder)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_other_files_of_a_run_folder_are_left_alone(tmp_path, overwrite):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "result.json").write_text("{}")
+    folder = save_plan([Intervention("L0.mlp_output", Zero())], tmp_path / "run", overwrite=overwrite)
+    assert sorted(path.name for path in folder.iterdir()) == ["plan.json", "plan.safetensors", "result.json"]
+    assert len(load_plan(folder)) == 1 and [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_an_empty_folder_may_be_there_and_a_file_may_not(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert load_plan(save_plan([], tmp_path / "empty")) == ()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StoreError, match="there is a file of that name"):
+        save_plan([], tmp_path / "file")
+
+
+@pytest.mark.parametrize("survivors", [0, 1])
+def test_a_save_that_is_cut_short_is_seen(folder, survivors, monkeypatch):
+    """Replace a plan, with the power cut before the first or the second of the two moves."""
+    moves, real = [], os.replace
+
+    def replace(source, target):
+        if len(moves) == survivors:
+            raise KeyboardInterrupt
+        moves.append(target)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        save_plan([Intervention("L0.mlp_output", Scale(2.0), featurizer=Subspace(D, 1))], folder, overwrite=True)
+    if survivors == 0:
+        assert isinstance(load_plan(folder)[0].edit, Add), "the old plan"
+    else:
+        with pytest.raises(StoreError, match="SHA-256 differs"):
+            load_plan(folder)
+    assert [path.name for path in folder.parent.iterdir()] == ["plan"]
+
+
+def test_a_new_folder_that_is_cut_short_is_not_there(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_plan([], tmp_path / "plan")
+    assert list(tmp_path.iterdir()) == []
+
+
+# vectors
+
+
+def test_a_vector_comes_back_with_its_provenance(tmp_path):
+    vector = vector_at("L1.head_output[2]", n_positive=3, n_negative=4, stream_norm=1 / 3)
+    loaded = load_vector(save_vector(vector, tmp_path / "new" / "v.safetensors"))
+    assert torch.equal(loaded.vector, vector.vector) and loaded.vector.dtype == vector.vector.dtype
+    for field in fields(SteeringVector):
+        if field.name != "vector":
+            assert getattr(loaded, field.name) == getattr(vector, field.name), field.name
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["v.safetensors"]
+
+
+def test_an_unknown_stream_norm_comes_back_unknown(tmp_path):
+    loaded = load_vector(save_vector(vector_at(), tmp_path / "v.safetensors"))
+    assert loaded.stream_norm != loaded.stream_norm
+
+
+def test_a_vector_file_is_not_overwritten_unless_asked(tmp_path):
+    path = save_vector(vector_at(), tmp_path / "v.safetensors")
+    with pytest.raises(StoreError, match="there is such a file already"):
+        save_vector(vector_at(), path)
+    save_vector(vector_at(method="pca"), path, overwrite=True)
+    assert load_vector(path).method == "pca"
+
+
+def test_what_is_no_vector_file_is_refused(tmp_path):
+    path = tmp_path / "v.safetensors"
+    with pytest.raises(StoreError, match="there is no such file"):
+        load_vector(path)
+    path.write_bytes(b"not tensors")
+    with pytest.raises(StoreError, match="cut off or damaged"):
+        load_vector(path)
+    save_file({"vector": torch.ones(2)}, path)
+    with pytest.raises(StoreError, match="no file of save_vector"):
+        load_vector(path)
+    provenance = json.dumps({**vector_at().provenance(), "stream_norm": 1.0})
+    save_file({"vector": torch.ones(2)}, path, metadata={"schema": "2", "provenance": provenance})
+    with pytest.raises(StoreError, match="schema 2, this version reads up to 1: upgrade"):
+        load_vector(path)
+    save_file({"vector": torch.ones(2)}, path, metadata={"schema": "1", "provenance": '{"layer": 3}'})
+    with pytest.raises(StoreError, match="unknown layer"):
+        load_vector(path)
+    save_file({"vector": torch.zeros(2)}, path, metadata={"schema": "1", "provenance": provenance})
+    with pytest.raises(StoreError, match="all zero"):
+        load_vector(path)
+    save_vector(vector_at(), path, overwrite=True)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(StoreError, match="cut off or damaged"):
+        load_vector(path)
