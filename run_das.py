@@ -44,7 +44,7 @@ from intervene.errors import InterveneError
 from intervene.families import locate
 from intervene.models import load_model
 from intervene.store import save_plan
-from tasks import TaskError
+from tasks import TaskError, task_named
 
 console = Console(width=None if sys.stdout.isatty() else 120)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -141,6 +141,7 @@ def prepare(config: RunDas) -> Problem:
 
 def load_text(config: RunDas) -> tuple[RunDas, torch.nn.Module, Any, Any]:
     """Return the resolved configuration, the loaded model, its tokenizer and the task."""
+    task_named(config.task)  # a wrong name must not cost the loading of a model
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     console.print(f"loading {config.model} on {device}", highlight=False)
     model, tokenizer = load_model(config.model, dtype=getattr(torch, config.dtype), device=device)

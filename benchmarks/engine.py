@@ -31,6 +31,7 @@ from benchmarks.tables import tables, update_readme
 from benchmarks.workload import Workload, make_model, make_workload
 
 HERE = Path(__file__).parent
+NARROW = 64  # counts do not depend on the width of a random model
 PARTS = ("counts", "reads", "times", "imports")
 
 
@@ -38,14 +39,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="gpt2", help="gpt2, llama (random), or a name that load_model knows")
-    parser.add_argument("--width", type=int, default=768, help="of a random model")
+    parser.add_argument("--width", type=int, default=768, help="of a random model that is timed")
     parser.add_argument("--layers", type=int, default=12, help="of a random model")
     parser.add_argument("--vocabulary", type=int, default=8192, help="of a random model")
-    parser.add_argument("--batch", type=int, default=4, help="examples in a forward")
+    parser.add_argument("--batch", type=int, default=2, help="examples in a forward")
     parser.add_argument("--length", type=int, default=16, help="tokens in an example")
-    parser.add_argument("--prompts", type=int, default=2, help="examples in a generation")
+    parser.add_argument("--prompts", type=int, default=1, help="examples in a generation")
     parser.add_argument("--new_tokens", type=int, default=16, help="tokens generated for each")
-    parser.add_argument("--rounds", type=int, default=9, help="rounds of interleaved timing")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of interleaved timing")
     parser.add_argument("--peers", nargs="+", default=list(peers.PEERS), choices=list(peers.PEERS))
     parser.add_argument("--what", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -55,9 +56,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def work_of(options: argparse.Namespace, device: str) -> Workload:
-    """Return the work these options describe."""
-    model = make_model(options.model, width=options.width, layers=options.layers, vocabulary=options.vocabulary)
+def work_of(options: argparse.Namespace, device: str, *, width: int) -> Workload:
+    """Return the work these options describe, a random model being `width` wide."""
+    model = make_model(options.model, width=width, layers=options.layers, vocabulary=options.vocabulary)
     sizes = {name: getattr(options, name) for name in ("batch", "length", "prompts", "new_tokens")}
     return make_workload(model, device=device, **sizes)
 
@@ -118,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.reads_only is not None:
         from benchmarks.pretend import register
 
-        work = work_of(options, "cpu")
+        work = work_of(options, "cpu", width=NARROW)
         register()
         options.reads_only.write_text(json.dumps(each(options, lambda kind: measure.host_reads(kind, work))))
         return
@@ -126,14 +127,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     versions = {name: peers.load(name)[1] for name in options.peers}
     shape = {key: value for key, value in vars(options).items() if key not in ("readme", "reads_only", "name")}
     result: dict[str, Any] = {"environment": environment(device), "options": shape, "peers": versions}
-    work = work_of(options, device)
     if "counts" in options.what:
-        result["counts"] = each(options, lambda kind: measure.operations(kind, work))
+        narrow = work_of(options, device, width=NARROW)
+        result["counts"] = each(options, lambda kind: measure.operations(kind, narrow))
         if device == "cuda":
-            result["cuda_syncs"] = each(options, lambda kind: measure.cuda_syncs(kind, work))
+            result["cuda_syncs"] = each(options, lambda kind: measure.cuda_syncs(kind, narrow))
     if "reads" in options.what:
         result["reads"] = reads(options)
     if "times" in options.what:
+        work = work_of(options, device, width=options.width)
         result["times"] = each(options, lambda kind: measure.times(kind, work, rounds=options.rounds, device=device))
     if "imports" in options.what:
         result["imports"] = measure.imports(options.peers)

@@ -151,16 +151,15 @@ def check_axes(model: nn.Module, tap: Tap) -> None:
     """Refuse a module whose first axis is time: its positions would be examples, silently.
 
     Raises:
-        UnsupportedModel: the tap's module, or one it lies in, has `batch_first=False`.
+        UnsupportedModel: the tap's module, one it lies in, or a child of such a one has `batch_first=False`.
     """
-    names = tap.path.split(".")
-    inside = [(model, "the model"), (unwrap(model), "the model"), (tap.module, tap.path)]
-    inside += [
-        (module, path) for n in range(len(names)) if (module := walk(unwrap(model), path := ".".join(names[:n])))
-    ]
-    for module, name in inside:
-        if getattr(module, "batch_first", True) is False:
-            raise UnsupportedModel(
-                f"Site {tap.site}: {name}, a {type(module).__name__}, has batch_first=False, so its tensors are tokens "
-                "by examples. Make it with batch_first=True."
-            )
+    root, names = unwrap(model), tap.path.split(".")
+    around = {"": root, tap.path: tap.module}
+    around |= {path: walk(root, path) for n in range(1, len(names)) if (path := ".".join(names[:n]))}
+    for path, module in around.items():
+        for name, part in ((path, module), *(module.named_children() if module is not None else ())):
+            if getattr(part, "batch_first", True) is False:
+                raise UnsupportedModel(
+                    f"Site {tap.site}: {name or 'the model'}, a {type(part).__name__}, has batch_first=False, so "
+                    "tensors there are tokens by examples. Make it with batch_first=True."
+                )

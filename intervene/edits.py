@@ -301,7 +301,7 @@ class BoundarySwap(_Gated):
 
     def rank(self) -> Tensor:
         """Return the hard boundary: how many features are swapped after `.eval()` (0-d, integer valued)."""
-        return self.boundary().round()
+        return self.boundary().detach().round()
 
     def gate(self) -> Tensor:
         index = torch.arange(self.count, device=self.fraction.device, dtype=self.fraction.dtype)

@@ -102,7 +102,9 @@ class Firing:
         applies = None
         if when is not None:
             mask = selection.mask
-            applies = when(site, (None if mask is None else mask[..., 0]) if selection.dense else selection.valid)
+            valid = (None if mask is None else mask[..., 0]) if selection.dense else selection.valid  # (B, P)
+            applies = when(site, valid)
+            applies = applies if valid is None else applies & valid
             changed = torch.where(applies[..., None], changed, site)
         if tap.scale != 1.0:
             changed = changed / tap.scale
@@ -154,8 +156,6 @@ class Reader:
 
     def __call__(self, h: Tensor) -> None:
         current, again = self.block.pass_of_tap(self.number)
-        if again:
-            return
         selection = current.selections[self.number]
         value = valid = None
         if selection is not None:
@@ -166,6 +166,8 @@ class Reader:
                 value = value.clone()  # a later module may write in place (falcon adds attention to its MLP output)
             if self.tap.scale != 1.0:
                 value = value * self.tap.scale
+        if again:  # only now: checkpointing demands that a recomputation saves the same tensors for backward
+            return
         self.captured.add(self.site, value, valid)
         current.read.add(self.number)
         if self.stop_at is not None and len(current.read) == self.stop_at:

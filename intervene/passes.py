@@ -202,8 +202,7 @@ class Tracker:
             resolved = made[target.key]
             _check_written(target, resolved, tokens_of(inputs))
             _check_expected(target, resolved)
-            present = resolved >= 0
-            if bool((present & (resolved < start)).any()):
+            if start and bool(((resolved >= 0) & (resolved < start)).any()):
                 raise BadPosition(
                     f"{target.name}: its tokens lie in the key/value cache that was filled before this block, so they "
                     f"are not computed again. Run the whole prompt inside the block."

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from intervene.edits import Add, BoundarySwap, Edit, GatedSwap, Set, Swap, Zero
-from intervene.errors import InterveneError, UnknownComponent, Unsupported
+from intervene.errors import BadVector, InterveneError, UnknownComponent, Unsupported
 from intervene.families import resolve
 from intervene.featurizers import Coordinates, Featurizer, Identity, Subspace
 from intervene.interventions import Intervention
@@ -77,7 +77,13 @@ def _frame(cell: _Cell, rank: int | None) -> Subspace:
     layer.load_state_dict({f"parametrizations.weight.{key}": value for key, value in stored.items()})
     frame = layer.weight.detach()  # (D, K)
     frame = frame if cell.columns is None else frame[:, list(cell.columns)]
-    return Subspace.from_frame(frame, trainable=cell.trainable)
+    try:
+        return Subspace.from_frame(frame, trainable=cell.trainable)
+    except BadVector as error:
+        raise BadVector(
+            f"{cell}: its rotation is not orthonormal any more. Weight decay does that to torch's Householder form: it "
+            f"moves the signs kept on the diagonal. Train it with weight_decay=0. ({error})"
+        ) from error
 
 
 def _lens(cell: _Cell) -> Featurizer:
@@ -203,6 +209,7 @@ def from_pyvene(
     Raises:
         Unsupported: a kind, unit, component or option without a counterpart, by its name.
         StoreError: the folder lacks a file or cannot be read. InterveneError: `model` is needed.
+        BadVector: a rotation's columns are not orthonormal, or a constant is not finite.
     """
     plan, made = [], dict[str, tuple[Edit, Featurizer]]()
     listed = entries(config)

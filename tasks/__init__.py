@@ -16,7 +16,8 @@ from tasks.base import SPLITS, Example, Pair, PairSet, Task
 from tasks.capitals import Attributes, cities, countries
 from tasks.causal_model import CausalModel
 from tasks.checks import PairReport, baselines, check, distinguishes, inspect, leakage
-from tasks.errors import BadData, BadModel, NotEnough, TaskError, UnknownName, require_known
+from tasks.errors import BadData, BadModel, NotEnough, TaskError, UnknownName
+from tasks.errors import require_known as _require_known
 from tasks.files import read_pairs, write_pairs
 from tasks.hierarchical_equality import HierarchicalEquality, VectorExamples, VectorPairs
 from tasks.ioi import IOI
@@ -64,5 +65,5 @@ def task_named(name: str) -> Task:
     Raises:
         UnknownName: there is none of that name; the message names the nearest.
     """
-    require_known("Task", name, TASKS)
+    _require_known("Task", name, TASKS)
     return TASKS[name]()

@@ -286,11 +286,11 @@ def test_assisted_decoding_without_the_prompt_is_refused_even_if_one_pass_finish
 def test_prompts_one_after_another_in_one_block(model):
     first, second = tiny_batch(model, "left"), tiny_batch(model, "left", seed=8, lengths=(3, 6, 5))
     for plan, edited in (PLANS["newest"], PLANS["steps"], PLANS["all in the prompt"]):
+        expected = [by_hand(model, batch, edited) for batch in (first, second)]
         for cache in (True, False):
             with intervene(model, plan) as applied:
-                for batch in (first, second):
-                    found = torch.stack(model.generate(**batch, **GREEDY, use_cache=cache).logits)
-                    close(found, by_hand(model, batch, edited))
+                for batch, logits in zip((first, second), expected, strict=True):
+                    close(torch.stack(model.generate(**batch, **GREEDY, use_cache=cache).logits), logits)
             assert applied.report()[0].calls == 2 * STEPS
 
 

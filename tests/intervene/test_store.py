@@ -502,7 +502,9 @@ def test_tensors_that_do_not_fit_are_refused(folder, name):
 
 def test_a_pyvene_module_is_refused_by_name(tmp_path):
     plan = [Intervention("L0.mlp_output", PyveneEdit(nn.Identity()))]
-    with pytest.raises(StoreError, match=r"edits\[0\]: PyveneEdit cannot be stored.*pyvene's own save\(\).*from_pyvene"):
+    with pytest.raises(
+        StoreError, match=r"edits\[0\]: PyveneEdit cannot be stored.*pyvene's own save\(\).*from_pyvene"
+    ):
         save_plan(plan, tmp_path / "plan")
 
 
@@ -533,7 +535,7 @@ def test_a_single_intervention_is_no_plan(tmp_path):
 
 def test_a_plan_is_not_overwritten_unless_asked(folder):
     old = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(StoreError, match="holds a plan already.*overwrite=True"):
+    with pytest.raises(StoreError, match=r"holds a plan already.*overwrite=True"):
         save_plan([], folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == old
     save_plan([], folder, overwrite=True)

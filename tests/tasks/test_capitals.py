@@ -7,7 +7,6 @@ import pytest
 from tasks import SPLITS, BadModel, NotEnough, check, cities, countries, leakage
 from tasks.capitals import Attributes
 from tasks.facts import CITIES, COUNTRIES
-
 from tests.tasks.words import WordTokenizer
 
 
@@ -91,7 +90,7 @@ def test_no_prompt_gives_its_own_answer_away_unless_it_is_a_language():
     for task in (cities(), countries()):
         for split in SPLITS:
             for entity, values in task.table[split].items():
-                for name in task.variables:
+                for name in set(task.variables) - {"language"}:
                     assert values[name] not in task.render(ask(entity, name)).prompt
 
 

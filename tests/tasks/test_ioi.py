@@ -6,7 +6,6 @@ import pytest
 
 from tasks import IOI, SPLITS, BadModel, NotEnough, UnknownName, check, distinguishes, leakage, token_span
 from tasks.ioi import CAUSAL_MODEL, NAMES, OBJECTS, PLACES, TEMPLATES
-
 from tests.tasks.words import WordTokenizer
 
 TEMPLATE = "When {name1} and {name2} went to the {place}, {subject} gave a {object} to"

@@ -21,7 +21,6 @@ from tasks import (
     token_span,
 )
 from tasks.base import fill, split_in_order
-
 from tests.tasks.words import WordTokenizer
 
 

@@ -1,0 +1,89 @@
+"""`fit` finds a planted variable, leaves the model as it was, and can be repeated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from alignments import METHODS, evaluate, fit, predict, wilson
+from alignments.fit import _batches
+from intervene import AllTokens, GatedSwap, Identity, Intervention, ShapeMismatch, Site, Subspace, Swap
+from tests.alignments.planted import DIRECTION, WIDTH, planted_mlp, planted_pairs
+
+SITE = Site("block_output", 0)
+
+
+def das(rank=1, seed=0):
+    return METHODS["das"](SITE, AllTokens(), WIDTH, rank, seed)
+
+
+def test_das_finds_the_planted_direction():
+    model = planted_mlp()
+    plan = das()
+    fit(model, plan, planted_pairs(model, 512, 0), steps=400, batch_size=64, lr=0.05)
+    found = plan[0].featurizer.frame()[:, 0].detach()
+    assert abs(float(found @ DIRECTION)) > 0.995
+    score = evaluate(plan, planted_pairs(model, 1000, 1))
+    assert score.iia > 0.95 and (score.low, score.high) == wilson(round(score.iia * 1000), 1000)
+
+
+def test_the_given_direction_is_right_on_every_pair_and_an_orthogonal_one_copies_the_base():
+    model = planted_mlp()
+    pairs = planted_pairs(model, 400, 2)
+    right = [Intervention(SITE, Swap(), AllTokens(), Subspace.from_frame(DIRECTION[:, None]))]
+    assert evaluate(right, pairs).iia == 1.0
+    elsewhere = torch.eye(WIDTH)[:, 3:4]
+    wrong = [Intervention(SITE, Swap(), AllTokens(), Subspace.from_frame(elsewhere))]
+    assert torch.equal(predict(wrong, pairs), model(pairs.base).argmax(-1))
+
+
+def test_full_vector_copies_the_source():
+    model = planted_mlp()
+    pairs = planted_pairs(model, 100, 3)
+    plan = METHODS["full_vector"](SITE, AllTokens(), WIDTH, 0, 0)
+    assert fit(model, plan, pairs).losses == ()
+    assert torch.equal(predict(plan, pairs), model(pairs.source).argmax(-1))
+
+
+def test_the_model_and_its_flags_are_untouched():
+    model = planted_mlp()
+    model.head.weight.requires_grad_(False)
+    before = {name: (p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
+    fit(model, das(), planted_pairs(model, 64, 0), steps=5, batch_size=16)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name][0]) and parameter.requires_grad == before[name][1]
+        assert parameter.grad is None
+    assert not model.training
+
+
+def test_seeds_repeat_and_differ():
+    model = planted_mlp()
+    pairs = planted_pairs(model, 64, 0)
+    runs = [fit(model, das(seed=seed), pairs, steps=10, batch_size=16, seed=seed).losses for seed in (0, 0, 1)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_batches_use_every_pair_once_an_epoch():
+    batches = _batches(10, 5, 6, seed=0)
+    assert [len(rows) for rows in batches] == [5] * 6
+    for epoch in range(3):
+        assert sorted(torch.cat(batches[2 * epoch : 2 * epoch + 2]).tolist()) == list(range(10))
+
+
+def test_gates_are_scored_hard_and_left_as_they_were():
+    model = planted_mlp()
+    pairs = planted_pairs(model, 50, 4)
+    edit = GatedSwap(WIDTH)
+    edit.logits.data.fill_(-0.1)  # soft: nearly one half of everything; hard: nothing
+    plan = [Intervention(SITE, edit, AllTokens(), Identity())]
+    assert edit.training
+    assert torch.equal(predict(plan, pairs), model(pairs.base).argmax(-1))
+    assert edit.training
+
+
+def test_pairs_of_unequal_numbers_are_refused():
+    model = planted_mlp()
+    from alignments import VectorPairs
+
+    with pytest.raises(ShapeMismatch, match=r"3 bases, 2 sources, 3 labels\. Give as many of each"):
+        VectorPairs(model, torch.zeros(3, WIDTH), torch.zeros(2, WIDTH), torch.zeros(3))

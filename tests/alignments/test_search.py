@@ -1,0 +1,100 @@
+"""A search over a planted network: the right cell wins on select, is reported on test, and nothing is run twice."""
+
+from __future__ import annotations
+
+import pytest
+
+from alignments import Budget, Facts, Search, cells_of, verdict
+from intervene import AllTokens, InterveneError, Site
+from intervene.networks import MLP
+from tests.alignments.planted import WIDTH, planted_mlp, planted_pairs
+
+BASELINES = {
+    split: {"copy_base": 0.5, "copy_source": 1.0, "majority": 0.5, "flip": 0.5} for split in ("select", "test")
+}
+FACTS = Facts("planted", "mlp", "sign", BASELINES, {"select": 1.0, "test": None})
+SITES = [Site("block_output", 0), Site("block_output", 1)]
+
+
+def search(model=None, *, finished=(), others=None, cells=None, seeds=(0, 1)):
+    model = model or planted_mlp()
+    splits = {
+        split: planted_pairs(model, n, i)
+        for i, (split, n) in enumerate({"train": 256, "select": 64, "test": 96}.items())
+    }
+    cells = cells_of(SITES, ["input"], ["das", "full_vector"], 1) if cells is None else cells
+    budget = Budget(steps=60, batch_size=64, lr=0.05)
+    return Search(
+        model,
+        splits,
+        lambda name: AllTokens(),
+        cells,
+        FACTS,
+        seeds=seeds,
+        budget=budget,
+        finished=finished,
+        others=others,
+    )
+
+
+def test_the_grid_puts_methods_without_learning_first():
+    cells = cells_of(SITES, ["a", "b"], ["das", "full_vector"], 4)
+    assert [cell.method for cell in cells] == ["full_vector"] * 4 + ["das"] * 4
+    assert {cell.rank for cell in cells[:4]} == {None} and {cell.rank for cell in cells[4:]} == {4}
+
+
+def test_rows_cover_the_grid_the_seeds_of_the_best_cell_and_its_control():
+    rows = list(search().run())
+    assert len({row.key for row in rows}) == len(rows)
+    das = [row for row in rows if row.method == "das"]
+    best = verdict(das).chosen.cell
+    assert {(row.site, row.seed) for row in das} >= {(str(site), 0) for site in SITES} | {(best.site, 1)}
+    controls = [row for row in rows if row.is_control]
+    assert {(row.site, row.method, row.rank) for row in controls} == {(best.site, "control:random_subspace", 1)}
+    assert {row.seed for row in controls} == {0, 1}
+    assert all(row.extra == {"flip": 0.5} and row.copy_source == 1.0 for row in rows)
+    assert {row.task_accuracy for row in rows if row.split == "test"} == {None}
+
+
+def test_the_learned_cell_is_above_its_random_control():
+    rows = list(search().run())
+    learned = verdict([row for row in rows if row.method == "das"]).reported
+    control = [row.iia for row in rows if row.is_control and row.split == "test"]
+    assert learned.iia > 0.95 > max(control)
+
+
+def test_the_choice_is_made_on_select_alone():
+    made = search()
+    for _row in made.run():
+        pass
+    best = made.best_cell("das")
+    scores = {row.site: row.iia for row in made.rows if row.method == "das" and row.split == "select" and row.seed == 0}
+    tie = [site for site, score in scores.items() if score == max(scores.values())]
+    assert str(best.site) == tie[0] or scores[str(best.site)] == max(scores.values())
+
+
+def test_finished_rows_are_not_run_again_and_the_rest_is_the_same():
+    whole = list(search().run())
+    for cut in (1, 5, len(whole) - 1, len(whole)):
+        rest = list(search(finished=whole[:cut]).run())
+        assert [(row.key, row.iia) for row in rest] == [(row.key, row.iia) for row in whole[cut:]]
+
+
+def test_other_models_are_fitted_only_when_needed_and_named_as_controls():
+    made = []
+
+    def random_model():
+        network = MLP(WIDTH, WIDTH, 2, 2, seed=7).eval()
+        made.append(network)
+        return network, {split: planted_pairs(network, 64, 9) for split in ("train", "select", "test")}
+
+    rows = list(search(others={"random_model": random_model}).run())
+    assert len(made) == 1
+    assert {row.seed for row in rows if row.method == "control:random_model"} == {0, 1}
+    assert not list(search(finished=rows, others={"random_model": random_model}).run())
+    assert len(made) == 1
+
+
+def test_an_empty_grid_is_refused():
+    with pytest.raises(InterveneError, match=r"0 cells and 2 seeds: give at least one of each"):
+        search(cells=[])
