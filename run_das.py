@@ -1,5 +1,6 @@
 """Alignment search from the command line.
 
+\b
     python run_das.py --task ioi --layers 11,14,17 --positions subject2,last --out runs/ioi
     python run_das.py --config run.yaml --set steps=200 --dry_run
 
@@ -13,12 +14,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -46,13 +49,20 @@ from intervene.models import load_model
 from intervene.store import save_plan
 from tasks import TaskError, task_named
 
+DEFAULTS = {
+    one.name: ",".join(map(str, one.default)) if isinstance(one.default, tuple) else one.default
+    for one in fields(RunDas)
+    if one.default is not MISSING
+} | {"task": None}
 console = Console(width=None if sys.stdout.isatty() else 120)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def option(name: str, **settings: Any) -> Any:
-    """Return the typer option of a configuration key, with the key's own help."""
-    return typer.Option(f"--{name}", help=HELP[name], show_default=False, **settings)
+def option(name: str, *aliases: str) -> Any:
+    """Return the typer option of a configuration key, with the key's own help and default."""
+    default = DEFAULTS[name]
+    shown_default = "" if default in (None, False) else f" [default: {default}]"
+    return typer.Option(*aliases, f"--{name}", help=HELP[name] + escape(shown_default), show_default=False)
 
 
 @app.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -60,7 +70,7 @@ def main(
     task: Annotated[str | None, option("task")] = None,
     variable: Annotated[str | None, option("variable")] = None,
     model: Annotated[str | None, option("model")] = None,
-    method: Annotated[str | None, option("methods")] = None,
+    method: Annotated[str | None, option("methods", "--method")] = None,
     layers: Annotated[str | None, option("layers")] = None,
     positions: Annotated[str | None, option("positions")] = None,
     rank: Annotated[int | None, option("rank")] = None,
@@ -72,8 +82,8 @@ def main(
     lr: Annotated[float | None, option("lr")] = None,
     steps: Annotated[int | None, option("steps")] = None,
     out: Annotated[Path | None, option("out")] = None,
-    resume: Annotated[bool | None, option("resume", is_flag=True)] = None,
-    dry_run: Annotated[bool | None, option("dry_run", is_flag=True)] = None,
+    resume: Annotated[bool | None, option("resume")] = None,
+    dry_run: Annotated[bool | None, option("dry_run")] = None,
     device: Annotated[str | None, option("device")] = None,
     dtype: Annotated[str | None, option("dtype")] = None,
     threads: Annotated[int | None, option("threads")] = None,

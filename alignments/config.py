@@ -152,7 +152,7 @@ HELP: dict[str, str] = {
     "steps": "training steps per fit",
     "out": "folder of this run; derived: runs/<task>-<variable>",
     "resume": "go on with the finished rows of the folder",
-    "dry_run": "check and print everything, run nothing",
+    "dry_run": "print the plan, pair counts, task accuracy and cost, and search nothing",
     "device": "cpu, cuda or cuda:N; derived: cuda where there is one",
     "dtype": "precision of the model: float32, bfloat16 or float16",
     "threads": "CPU threads; derived: torch's own choice",

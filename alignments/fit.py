@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,13 @@ class FitResult:
 
 @dataclass(frozen=True)
 class Score:
-    """Interchange-intervention accuracy of a plan on some pairs, with its Wilson 95 % interval."""
+    """Interchange-intervention accuracy of a plan on some pairs, its Wilson 95 % interval, and IIA by kind of pair."""
 
     n: int
     iia: float
     low: float
     high: float
+    kinds: dict[str, float] = field(default_factory=dict)
 
 
 def fit(
@@ -103,6 +104,10 @@ def predict(plan: Plan, pairs: PairData, *, batch_size: int = 64) -> Tensor:
 
 def evaluate(plan: Plan, pairs: PairData, *, batch_size: int = 64) -> Score:
     """Return the share of pairs whose top answer under `plan` is their counterfactual label."""
-    correct = int((predict(plan, pairs, batch_size=batch_size) == pairs.labels).sum())
-    low, high = wilson(correct, len(pairs))
-    return Score(len(pairs), correct / len(pairs), low, high)
+    right = (predict(plan, pairs, batch_size=batch_size) == pairs.labels).tolist()
+    low, high = wilson(sum(right), len(pairs))
+    by_kind: dict[str, list[bool]] = {}
+    for kind, hit in zip(pairs.kinds, right, strict=False):
+        by_kind.setdefault(kind, []).append(hit)
+    kinds = {kind: sum(hits) / len(hits) for kind, hits in sorted(by_kind.items())}
+    return Score(len(pairs), sum(right) / len(pairs), low, high, kinds)

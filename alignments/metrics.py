@@ -118,6 +118,7 @@ class SeedMean:
     baselines: tuple[Baseline, ...]
     task_accuracy: float | None
     seconds: float
+    kinds: tuple[tuple[str, float], ...] = ()  # kind of pairs -> IIA on them, mean over seeds
 
     @property
     def is_control(self) -> bool:
@@ -149,9 +150,10 @@ class SeedMean:
         spread = ""
         if len(self.values) > 1:
             spread = f", mean of {len(self.values)} seeds ({min(self.values):.2f} to {max(self.values):.2f})"
+        kinds = f" ({', '.join(f'{name} {value:.2f}' for name, value in self.kinds)})" if self.kinds else ""
         return (
             f"{self.method_text} at {self.cell.site} @ {self.position_label}: "
-            f"IIA {self.iia:.2f} [{self.low:.2f}, {self.high:.2f}], n={self.n}{spread}"
+            f"IIA {self.iia:.2f} [{self.low:.2f}, {self.high:.2f}]{kinds}, n={self.n}{spread}"
         )
 
 
@@ -197,6 +199,11 @@ def _mean(rows: Sequence[Row]) -> SeedMean:
         baselines=tuple(_baseline(name, [row.baselines[name] for row in rows], n) for name in names),
         task_accuracy=fmean(accuracies) if accuracies else None,
         seconds=sum(row.seconds for row in rows),
+        kinds=tuple(
+            (kind, fmean(row.kinds[kind] for row in rows))
+            for kind in first.kinds
+            if all(kind in row.kinds for row in rows)
+        ),
     )
 
 
@@ -252,6 +259,7 @@ class Verdict:
             "iia": score.iia,
             "low": score.low,
             "high": score.high,
+            "kinds": dict(score.kinds),
             "seeds": dict(zip(map(str, score.seeds), score.values, strict=True)),
             "baselines": {one.name: [one.value, one.low, one.high] for one in score.baselines},
             "best_baseline": self.baseline.name,

@@ -25,9 +25,13 @@ Progress = Callable[[int, int], None]  # (batches done, batches in all)
 
 
 class PairData(Protocol):
-    """Base/source pairs ready to be aligned. `labels` (N,) are the counterfactual answers' ids."""
+    """Base/source pairs ready to be aligned. `labels` (N,) are the counterfactual answers' ids.
+
+    `kinds` names each pair's kind, by which scores are told apart; empty where there is only one.
+    """
 
     labels: Tensor
+    kinds: Sequence[str]
 
     def __len__(self) -> int: ...
 
@@ -95,6 +99,7 @@ class LanguagePairs:
     Args:
         sites: residual-stream sites to search, block_output only; their stream is kept for bases and sources.
         positions: names of the tasks' marked tokens.
+        kinds: one name per pair, by which scores are told apart.
     """
 
     def __init__(
@@ -106,6 +111,7 @@ class LanguagePairs:
         sites: Sequence[Site],
         positions: Sequence[str],
         batch_size: int = 32,
+        kinds: Sequence[str] = (),
         progress: Progress | None = None,
     ) -> None:
         if not len(pairs):
@@ -116,6 +122,7 @@ class LanguagePairs:
                 f"Sites {', '.join(other)}: the search keeps block_output only. Name block_output sites."
             )
         self.model = model
+        self.kinds: Sequence[str] = tuple(kinds)
         self.sites = tuple(sites)
         device = next(model.parameters()).device
         base = encode(tokenizer, [pair.base for pair in pairs], positions, device)
@@ -197,6 +204,7 @@ class VectorPairs:
         self.base = base
         self.source = source
         self.labels = labels
+        self.kinds: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.labels)

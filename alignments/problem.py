@@ -123,6 +123,7 @@ def prepare_text(config: RunDas, model: nn.Module, tokenizer: Any, task: Task, r
             pairs,
             sites=sites,
             positions=config.positions,
+            kinds=[task.kind(pair) for pair in pairs],
             progress=lambda done, total, split=split: report(f"running {split} pairs", done, total),  # type: ignore[misc]
         )
         base, source = data.task_correct()

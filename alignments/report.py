@@ -216,6 +216,7 @@ def _cell_table(means: Sequence[SeedMean], chosen: set[Any]) -> str:
     ordered = sorted(splits.values(), key=lambda one: -one["select"].iia if "select" in one else 1)
     reported = [one.get("test") or one.get("select") or one["train"] for one in ordered]
     mixed = len({mean.split for mean in reported}) > 1
+    told = any(mean.kinds for mean in reported)
     lines = []
     for one, shown in zip(ordered, reported, strict=True):
         select = one.get("select")
@@ -233,6 +234,7 @@ def _cell_table(means: Sequence[SeedMean], chosen: set[Any]) -> str:
             _interval(shown),
             _whole(shown.n),
             (seeds, min(shown.values), "number"),
+            *([(", ".join(f"{name} {value:.2f}" for name, value in shown.kinds), None, "nowrap")] if told else []),
             (f"{baseline.name} {baseline.value:.2f}", baseline.value, "nowrap"),
             ("above", 1, "yes") if shown.above_baselines else ("no", 0, ""),
             (ABSENT if accuracy is None else f"{accuracy:.2f}", accuracy, "number"),
@@ -241,6 +243,7 @@ def _cell_table(means: Sequence[SeedMean], chosen: set[Any]) -> str:
         lines.append(_line(entries, "chosen" if shown.cell in chosen else ""))
     score = ["Split", "#IIA"] if mixed else [f"#IIA on {reported[0].split}"]
     heads = ["Method", "Site", "Position", "#On select", *score, "#95 % interval", "#n", "#Each seed"]
+    heads += ["By kind of pair"] if told else []
     heads += ["Best trivial", "Above it", "#Task acc.", "#Seconds"]
     return (
         "<h2>Every cell</h2>\n"

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 CONTROL_PREFIX = "control:"  # a method of that name is a control ("control:random_subspace"), never a candidate
 EXTRA_PREFIX = "extra."  # key of a task's own trivial baseline in the flat form: "extra.flip"
+KIND_PREFIX = "iia."  # key of the score on one kind of pairs in the flat form: "iia.isolate"
 SPLITS = ("train", "select", "test")
 
 _TEXTS = ("task", "model", "variable", "site", "component", "positions", "position_label", "method", "split")
 _RATES = ("iia", "low", "high", "copy_base", "copy_source", "majority", "task_accuracy")
+_PREFIXED = {"extra": EXTRA_PREFIX, "kinds": KIND_PREFIX}  # fields that hold one number per name
 _SLACK = 1e-9  # rounding of a mean of zeros and ones, not an allowance
 
 
@@ -53,7 +55,7 @@ class Row:
     None for a site outside the blocks; `rank` is None where the whole width is swapped; `task_accuracy` is the share of
     these pairs whose base *and* source the model itself gets right, None if it was not measured. `extra` holds trivial
     baselines that belong to the task ("flip": always the other answer). `positions` identifies, `position_label` is
-    what people read.
+    what people read. `kinds` is the IIA on each kind of pairs ("cause" and "isolate", say), if told.
 
     Raises:
         BadRow: a rate outside 0..1, an interval that does not hold its score, n < 1, an unknown split, an empty text.
@@ -81,13 +83,16 @@ class Row:
     task_accuracy: float | None
     seconds: float
     extra: Mapping[str, float] = field(default_factory=dict)
+    kinds: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "extra", dict(self.extra))
+        object.__setattr__(self, "kinds", dict(self.kinds))
         self._check_texts()
         self._check_counts()
         rates = {name: getattr(self, name) for name in _RATES}
         rates |= {EXTRA_PREFIX + name: value for name, value in self.extra.items()}
+        rates |= {KIND_PREFIX + name: value for name, value in self.kinds.items()}
         for name, value in rates.items():
             if value is None and name == "task_accuracy":
                 continue
@@ -142,9 +147,11 @@ class Row:
         return standard | dict(self.extra)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the row as one flat dict; `extra` becomes keys "extra.<name>"."""
-        flat = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "extra"}
-        return flat | {EXTRA_PREFIX + name: value for name, value in self.extra.items()}
+        """Return the row as one flat dict; `extra` becomes keys "extra.<name>", `kinds` becomes "iia.<name>"."""
+        flat = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in _PREFIXED}
+        for name, prefix in _PREFIXED.items():
+            flat |= {prefix + key: value for key, value in getattr(self, name).items()}
+        return flat
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Row:
@@ -153,9 +160,12 @@ class Row:
         Raises:
             BadRow: a field is missing or unknown, each named; or the row contradicts itself.
         """
-        plain = {name: value for name, value in values.items() if not name.startswith(EXTRA_PREFIX)}
-        extra = {name[len(EXTRA_PREFIX) :]: value for name, value in values.items() if name.startswith(EXTRA_PREFIX)}
-        known = {one.name for one in fields(cls)} - {"extra"}
+        plain = {name: value for name, value in values.items() if not name.startswith(tuple(_PREFIXED.values()))}
+        told = {
+            name: {key[len(prefix) :]: value for key, value in values.items() if key.startswith(prefix)}
+            for name, prefix in _PREFIXED.items()
+        }
+        known = {one.name for one in fields(cls)} - _PREFIXED.keys()
         unknown, missing = sorted(plain.keys() - known), sorted(known - plain.keys())
         if unknown or missing:
             problems = [f"unknown {', '.join(unknown)}"] if unknown else []
@@ -164,7 +174,7 @@ class Row:
                 f"Row: {'; '.join(problems)}. Fields are {', '.join(one.name for one in fields(cls))} "
                 f"(extra baselines as {EXTRA_PREFIX}<name>); read older files with the version that wrote them."
             )
-        return cls(**plain, extra=extra)
+        return cls(**plain, **told)
 
 
 def _is_number(value: object) -> bool:

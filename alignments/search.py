@@ -14,7 +14,7 @@ from statistics import fmean
 
 from torch import nn
 
-from alignments.fit import evaluate, fit
+from alignments.fit import Score, evaluate, fit
 from alignments.methods import LEARNED, METHODS, RANKLESS
 from alignments.pairs import PairData
 from alignments.rows import Row, RowKey
@@ -150,7 +150,7 @@ class Search:
         return all(self._key(cell, seed, split) in {row.key for row in self.rows} for split in ("select", "test"))
 
     def _key(self, cell: Cell, seed: int, split: str) -> RowKey:
-        return self._row(cell, seed, split, 1, 0.0, 0.0, 1.0, 0.0).key
+        return self._row(cell, seed, split, Score(1, 0.0, 0.0, 1.0), 0.0).key
 
     def _score(
         self, cell: Cell, seed: int, plan: Plan | None = None, splits: Mapping[str, PairData] | None = None
@@ -166,7 +166,7 @@ class Search:
         for split in todo:
             score = evaluate(fitted, (splits or self.splits)[split])
             seconds = time.perf_counter() - begun
-            row = self._row(cell, seed, split, score.n, score.iia, score.low, score.high, seconds)
+            row = self._row(cell, seed, split, score, seconds)
             self.rows.append(row)
             begun = time.perf_counter()
             yield row
@@ -180,9 +180,7 @@ class Search:
         fit(model, plan, splits["train"], steps=budget.steps, batch_size=budget.batch_size, lr=budget.lr, seed=seed)
         return plan
 
-    def _row(
-        self, cell: Cell, seed: int, split: str, n: int, iia: float, low: float, high: float, seconds: float
-    ) -> Row:
+    def _row(self, cell: Cell, seed: int, split: str, score: Score, seconds: float) -> Row:
         baselines = dict(self.facts.baselines[split])
         return Row(
             task=self.facts.task,
@@ -197,16 +195,17 @@ class Search:
             rank=cell.rank,
             seed=seed,
             split=split,
-            n=n,
-            iia=iia,
-            low=low,
-            high=high,
+            n=score.n,
+            iia=score.iia,
+            low=score.low,
+            high=score.high,
             copy_base=baselines.pop("copy_base"),
             copy_source=baselines.pop("copy_source"),
             majority=baselines.pop("majority"),
             task_accuracy=self.facts.accuracy.get(split),
             seconds=seconds,
             extra=baselines,
+            kinds=score.kinds,
         )
 
 

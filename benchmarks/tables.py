@@ -62,7 +62,12 @@ def counts_table(result: Figures) -> str:
     rows.append(
         ["forwards begun for all sites from one source", *(_cell(f, "swap_last", forwards) for f in counts.values())]
     )
-    rows.append(["the wrapper itself, per forward", *(str(f.get("idle", MISSING)) for f in counts.values())])
+    rows.append(
+        [
+            "the wrapper itself, per forward",
+            *(str(f["idle"]) if "idle" in f else f["status"].split(" (")[0] for f in counts.values()),
+        ]
+    )
     table = _table(["operations for n sites", *(_name(result, peer) for peer in counts)], rows)
     ungrouped = counts.get("pyvene", {}).get("cases", {}).get("swap_ungrouped", {})
     if "forwards" in ungrouped:

@@ -61,7 +61,12 @@ class Block:
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         outer = {name: value for name, value in self.outer.items() if name in _FROM_WRAPPERS}
         self.outer.clear()
-        self.current = None
+        self.current = None  # a pass that was interrupted never ended
+        if torch._C._current_graph_task_id() != -1:
+            raise AmbiguousForward(
+                "The model is run again during backward (a checkpoint around the whole of it?), and which pass that "
+                "repeats cannot be told. Use the model's own activation checkpointing."
+            )
         inner = arguments(self.backbone, args, kwargs)
         named = {**outer, **{name: value for name, value in inner.items() if value is not None}}
         if padding_mask(outer, 0) is not None:  # some models hand their backbone a mask of another form
@@ -96,6 +101,7 @@ class Block:
                 "backward() after the block has ended: gradient checkpointing runs the layers again, now without the "
                 "interventions, and its gradients would be wrong. Call backward() inside the block."
             )
+        self.current = None  # a pass that was stopped or interrupted never ended
         number = torch._C._current_graph_task_id()
         if number != self.backward:
             self.backward, self.begun = number, []
@@ -154,10 +160,13 @@ def check_axes(model: nn.Module, tap: Tap) -> None:
         UnsupportedModel: the tap's module, one it lies in, or a child of such a one has `batch_first=False`.
     """
     root, names = unwrap(model), tap.path.split(".")
-    around = {"": root, tap.path: tap.module}
-    around |= {path: walk(root, path) for n in range(1, len(names)) if (path := ".".join(names[:n]))}
-    for path, module in around.items():
-        for name, part in ((path, module), *(module.named_children() if module is not None else ())):
+    around = [("", root), (tap.path, tap.module)]
+    for n in range(1, len(names)):
+        path = ".".join(names[:n])
+        module = walk(root, path)
+        around += [] if module is None else [(path, module)]
+    for path, module in around:
+        for name, part in ((path, module), *module.named_children()):
             if getattr(part, "batch_first", True) is False:
                 raise UnsupportedModel(
                     f"Site {tap.site}: {name or 'the model'}, a {type(part).__name__}, has batch_first=False, so "

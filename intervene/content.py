@@ -35,7 +35,13 @@ def _ids(inputs: Inputs, name: str) -> Tensor:
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor):
         raise BadPosition(f"{name}: needs token ids, found {sorted(inputs)}. Pass input_ids or prompt= with them.")
-    return ids.detach().to("cpu")
+    ids = ids.detach().to("cpu")
+    if bool((ids < 0).any()):
+        raise BadPosition(
+            f"{name}: it reads the tokens, but some of them are known to the key/value cache only, which was filled "
+            "before this block. Run the whole prompt inside it, or pass prompt=<the tokenised batch>."
+        )
+    return ids
 
 
 def find_all(haystack: Sequence[int], needle: Sequence[int]) -> list[int]:

@@ -296,6 +296,7 @@ FAMILIES: dict[str, FamilyOrFunction] = {
     "mistral": _LLAMA,
     "mlp": _BARE,
     "mixtral": _mixtral,
+    "olmo": _LLAMA,
     "olmo2": _POST_NORMS,
     "opt": _OPT,
     "phi": _PHI,

@@ -87,14 +87,17 @@ def padding_mask(named: Named, stop: int) -> Tensor | None:
 
 
 def with_prefix(named: Named, rows: int, length: int, start: int) -> dict[str, Any]:
-    """Return the inputs with `start` cached columns put in front, so that columns count from the cache's beginning."""
+    """Return the inputs with `start` cached columns put in front, so that columns count from the cache's beginning.
+
+    Their ids are not known and become -1, which `content` refuses to read; they carry no label.
+    """
     made = dict(named)
     if start == 0:
         return made
-    for name in ("input_ids", "labels"):
+    for name, unknown in (("input_ids", -1), ("labels", -100)):
         value = named.get(name)
         if isinstance(value, Tensor):
-            made[name] = torch.cat([value.new_full((rows, start), -1), value], 1)
+            made[name] = torch.cat([value.new_full((rows, start), unknown), value], 1)
     if named.get("attention_mask") is None:
         made["attention_mask"] = torch.ones((rows, start + length), dtype=torch.int64)
     return made

@@ -87,6 +87,11 @@ class Intervention:
                     f"Intervention at {self.site}: {name} must be a {kind.__name__}, found {value!r}. "
                     "See intervene.__all__ for those there are."
                 )
+        if self.when is not None and not isinstance(self.when, Condition):
+            raise ShapeMismatch(
+                f"Intervention at {self.site}: when must be a Condition, found {self.when!r}. "
+                "Use ProjectionAbove or ProbeAbove."
+            )
         if self.phase not in (None, "prompt", "decode", "both"):
             raise BadPosition(f"Intervention at {self.site}: phase {self.phase!r}. Use 'prompt', 'decode' or 'both'.")
         if self.phase == "decode" and not self.positions.can_decode:
@@ -175,6 +180,11 @@ def _check_widths(item: Intervention, tap: Tap) -> None:
         raise ShapeMismatch(
             f"{item}: the featurizer is made for width {item.featurizer.width}, but {tap.site} is {tap.width} wide "
             f"in this model. Make it for {tap.width}."
+        )
+    if item.when is not None and item.when.width not in (None, tap.width):
+        raise ShapeMismatch(
+            f"{item}: its condition is made for width {item.when.width}, but {tap.site} is {tap.width} wide in this "
+            f"model. Make it for {tap.width}."
         )
     features = item.featurizer.features(tap.width)
     if item.edit.features not in (None, 1, features):

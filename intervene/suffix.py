@@ -33,8 +33,9 @@ TOLERANCE = 1e-4  # of the logits' own spread, in fp32: the two ways differ by r
 class Prefix:
     """Bases after their one full pass, left-padded, scored at the last column.
 
-    `inputs` (input_ids, attention_mask, position_ids: (B, S); marks), `streams` block -> its output (B, S, D),
-    `cache` per layer keys and values (B, G, S, d), `logits` (B, V) of the last column without any edit. `exact` is
+    `inputs` (input_ids, attention_mask, position_ids: (B, S); marks), `streams` block -> its output (N, S, D),
+    `cache` per layer keys and values (N, G, S, d), `logits` (B, V) of the last column without any edit. `index` (B,)
+    picks the examples out of streams and cache, which are copied only where a pass needs them; None: all. `exact` is
     False if only full passes are right for this model; `difference` is what was measured.
     """
 
@@ -45,19 +46,37 @@ class Prefix:
     tuples: bool
     exact: bool = True
     difference: float = 0.0
+    index: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.logits)
 
     def rows(self, index: Tensor) -> Prefix:
         """Return the prefix of some examples; `index` (b,) int64."""
-        return replace(
-            self,
-            inputs=_rows(self.inputs, index),
-            streams={layer: stream[index] for layer, stream in self.streams.items()},
-            cache=tuple((keys[index], values[index]) for keys, values in self.cache),
-            logits=self.logits[index],
-        )
+        chosen = index if self.index is None else self.index[index]
+        return replace(self, inputs=_rows(self.inputs, index), logits=self.logits[index], index=chosen)
+
+    def stream(self, layer: int, start: int) -> Tensor:
+        """Return the output of block `layer` (B, s, D) on the columns from `start`."""
+        part = self.streams[layer][:, start:]
+        return part if self.index is None else part[self.index]
+
+    def past(self, first: int, start: int) -> list[tuple[Tensor, Tensor]]:
+        """Return keys and values (B, G, start, d) per layer, before column `start`.
+
+        Layers below `first` are skipped in the pass that reads this: they get the right shape without a copy.
+        """
+        rows = len(self)
+        made = []
+        for layer, pair in enumerate(self.cache):
+            if layer < first:
+                keys, values = (part[:1, :, :start].expand(rows, -1, -1, -1) for part in pair)
+            else:
+                keys, values = (
+                    part[:, :, :start] if self.index is None else part[self.index, :, :start] for part in pair
+                )
+            made.append((keys, values))
+        return made
 
 
 def _rows(inputs: Mapping[str, Any], index: Tensor) -> dict[str, Any]:
@@ -111,7 +130,9 @@ def call_inputs(model: nn.Module, inputs: Mapping[str, Any], start: int = 0) -> 
     if _accepts(hf, "position_ids"):
         call["position_ids"] = inputs["position_ids"][:, start:]
     if _accepts(hf, "logits_to_keep"):
-        call["logits_to_keep"] = 1
+        # As a tensor, not as the number 1: the slice it would make is not contiguous, and the product with the
+        # vocabulary then runs example by example (measured: four fifths of a training step).
+        call["logits_to_keep"] = torch.tensor([call["input_ids"].shape[1] - 1], device=call["input_ids"].device)
     return call
 
 
@@ -182,14 +203,11 @@ def _run(model: nn.Module, prefix: Prefix, after: int, start: int) -> Tensor:
     located = locate(model)
     call = call_inputs(model, prefix.inputs, start)
     if start:
-        cut = [(keys[:, :, :start], values[:, :, :start]) for keys, values in prefix.cache]
-        call["past_key_values"] = DynamicCache(cut)
-    stream = prefix.streams[after][:, start:] if after >= 0 else None
-    if stream is None:
+        call["past_key_values"] = DynamicCache(prefix.past(after + 1, start))
+    with ExitStack() as stack:
+        if after >= 0:
+            stack.enter_context(_skipped(located, after + 1, prefix.stream(after, start), prefix.tuples))
         logits: Tensor = located.hf(**call, use_cache=bool(start)).logits[:, -1]
-        return logits
-    with _skipped(located, after + 1, stream, prefix.tuples):
-        logits = located.hf(**call, use_cache=bool(start)).logits[:, -1]
     return logits
 
 

@@ -20,7 +20,7 @@ def das(rank=1, seed=0):
 def test_das_finds_the_planted_direction():
     model = planted_mlp()
     plan = das()
-    fit(model, plan, planted_pairs(model, 512, 0), steps=400, batch_size=64, lr=0.05)
+    fit(model, plan, planted_pairs(model, 512, 0), steps=250, batch_size=64, lr=0.05)
     found = plan[0].featurizer.frame()[:, 0].detach()
     assert abs(float(found @ DIRECTION)) > 0.995
     score = evaluate(plan, planted_pairs(model, 1000, 1))
@@ -87,3 +87,14 @@ def test_pairs_of_unequal_numbers_are_refused():
 
     with pytest.raises(ShapeMismatch, match=r"3 bases, 2 sources, 3 labels\. Give as many of each"):
         VectorPairs(model, torch.zeros(3, WIDTH), torch.zeros(2, WIDTH), torch.zeros(3))
+
+
+def test_scores_are_told_apart_by_kind():
+    model = planted_mlp()
+    pairs = planted_pairs(model, 60, 5)
+    copies = model(pairs.base).argmax(-1) == pairs.labels
+    pairs.kinds = tuple("same" if same else "different" for same in copies.tolist())
+    nothing = [Intervention(SITE, Swap(), AllTokens(), Subspace.from_frame(torch.eye(WIDTH)[:, 3:4]))]
+    score = evaluate(nothing, pairs)  # an edit without effect: right exactly where the base's answer is
+    assert score.kinds == {"different": 0.0, "same": 1.0}
+    assert score.iia == pytest.approx(float(copies.float().mean()))

@@ -87,3 +87,10 @@ def test_baselines_carry_the_extras_and_controls_are_known_by_name() -> None:
     assert ROW.baselines == {"copy-base": 0.5, "copy-source": 0.5, "majority": 0.25, "flip": 0.5}
     assert replace(ROW, method="control:shuffled_labels").is_control
     assert not ROW.is_control
+
+
+def test_kinds_survive_the_flat_form():
+    row = replace(ROW, kinds={"cause": 0.5, "isolate": 1.0})
+    flat = row.to_json()
+    assert flat["iia.cause"] == 0.5 and "kinds" not in flat
+    assert Row.from_json(flat) == row

@@ -19,8 +19,8 @@ from intervene import (
     Coordinates,
     DecodeSteps,
     First,
-    Intervention,
     InterveneError,
+    Intervention,
     LastToken,
     Mask,
     Match,
@@ -211,20 +211,25 @@ def test_captures_that_contradict_each_other(model):
     batch = tiny_batch(model)
     with pytest.raises(ShapeMismatch, match="named twice"), capture(model, ["L2.mlp_output", "L-1.mlp_output"]):
         pass
-    with pytest.raises(ShapeMismatch, match="2 sites: 1 positions"):
-        with capture(model, ["L0.mlp_output", "L1.mlp_output"], [LastToken()]):
-            pass
+    with (
+        pytest.raises(ShapeMismatch, match="2 sites: 1 positions"),
+        capture(model, ["L0.mlp_output", "L1.mlp_output"], [LastToken()]),
+    ):
+        pass
     many = tiny_batch(model, lengths=(5, 5, 5, 5))
-    with pytest.raises(ShapeMismatch, match="written for 2 examples, but the batch has 4"), torch.no_grad():
-        with capture(model, "L0.mlp_output", At([[0], [1]])):
-            model(**many)
+    with (
+        pytest.raises(ShapeMismatch, match="written for 2 examples, but the batch has 4"),
+        torch.no_grad(),
+        capture(model, "L0.mlp_output", At([[0], [1]])),
+    ):
+        model(**many)
     with torch.no_grad(), capture(model, "L0.mlp_output") as acts:
         model(**batch)
         model(**batch)
     with pytest.raises(Exception, match=r"2 forward passes computed it. Use acts.every\(site\)"):
         acts["L0.mlp_output"]
     assert len(acts.every("L0.mlp_output")) == 2
-    with pytest.raises(KeyError, match="L1.mlp_output was not captured; these were: L0.mlp_output"):
+    with pytest.raises(KeyError, match=r"L1.mlp_output was not captured; these were: L0.mlp_output"):
         acts["L1.mlp_output"]
 
 
@@ -235,9 +240,17 @@ def test_a_prompt_in_the_cache_before_the_block(model):
     model(input_ids=batch["input_ids"][:, :5], past_key_values=cache)
     rest = {"input_ids": batch["input_ids"][:, 5:], "attention_mask": batch["attention_mask"]}
     for positions in (First(), Span(3, 6)):
-        with pytest.raises(BadPosition, match="lie in the key/value cache that was filled before this block"):
-            with intervene(model, [Intervention(SITE, Zero(), positions)]):
-                model(**rest, past_key_values=cache)
+        with (
+            pytest.raises(BadPosition, match="lie in the key/value cache that was filled before this block"),
+            intervene(model, [Intervention(SITE, Zero(), positions)]),
+        ):
+            model(**rest, past_key_values=cache)
+    for positions in (Match([int(batch["input_ids"][0, 6])]), Response(marker=(5,))):
+        with (
+            pytest.raises(BadPosition, match=r"known to the key/value cache only.*pass prompt="),
+            intervene(model, [Intervention(SITE, Zero(), positions)]),
+        ):
+            model(**rest, past_key_values=cache)
     with intervene(model, [Intervention(SITE, Add(vector(1)), At(6))]):
         found = model(**rest, past_key_values=cache).logits
     with intervene(model, [Intervention(SITE, Add(vector(1)), LastToken())]):
@@ -269,17 +282,21 @@ def test_a_prompt_that_is_not_what_runs(model):
     plan = [Intervention(SITE, Zero(), LastToken())]
     bare = {"input_ids": batch["input_ids"]}
     for prompt, name in ((other, "input_ids"), (bare, "attention_mask")):
-        with pytest.raises(ShapeMismatch, match=f"its {name} are not those of prompt="):
-            with intervene(model, plan, prompt=prompt):
-                model(**batch)
+        with (
+            pytest.raises(ShapeMismatch, match=f"its {name} are not those of prompt="),
+            intervene(model, plan, prompt=prompt),
+        ):
+            model(**batch)
 
 
 @torch.no_grad()
 def test_a_call_of_a_part_of_the_model(model):
     h = torch.randn(1, 3, 32)
-    with pytest.raises(AmbiguousForward, match="ran outside the model's own forward pass"):
-        with intervene(model, [Intervention("L1.mlp_output", Zero())]):
-            model.model.layers[1].mlp(h)
+    with (
+        pytest.raises(AmbiguousForward, match="ran outside the model's own forward pass"),
+        intervene(model, [Intervention("L1.mlp_output", Zero())]),
+    ):
+        model.model.layers[1].mlp(h)
 
 
 class _InPlace(Edit):
@@ -301,7 +318,7 @@ def test_edits_of_users_that_break_their_contract(model, positions):
 def test_values_of_the_wrong_kind():
     with pytest.raises(ShapeMismatch, match="positions must be a Positions, found 3"):
         Intervention(SITE, Zero(), 3)
-    with pytest.raises(BadPosition, match="phase 'answer'. Use 'prompt', 'decode' or 'both'"):
+    with pytest.raises(BadPosition, match=r"phase 'answer'. Use 'prompt', 'decode' or 'both'"):
         Intervention(SITE, Zero(), phase="answer")
     assert DecodeSteps(1, 3).decodes(2) and not DecodeSteps(1, 3).decodes(3)
     assert Response().can_decode

@@ -82,9 +82,11 @@ def test_an_edit_of_an_expert_changes_the_mlp_output_by_as_much(family):
     batch = tiny_batch(model)
     with capture(model, ["L1.mlp_output", "L1.expert_output[1]"]) as plain:
         model(**batch)
-    with intervene(model, [Intervention("L1.expert_output[1]", Scale(3.0), At(2, 4))]):
-        with capture(model, "L1.mlp_output") as acts:
-            model(**batch)
+    with (
+        intervene(model, [Intervention("L1.expert_output[1]", Scale(3.0), At(2, 4))]),
+        capture(model, "L1.mlp_output") as acts,
+    ):
+        model(**batch)
     expected = torch.zeros(2, 7, 32)
     expected[:, [2, 4]] = 2 * plain["L1.expert_output[1]"][:, [2, 4]]
     close(acts["L1.mlp_output"] - plain["L1.mlp_output"], expected)
@@ -100,9 +102,11 @@ def test_the_router_is_captured_and_its_edit_takes_effect(family):
     logits = acts["L1.mlp_input"] @ router.weight.T + getattr(router, "bias", torch.zeros(EXPERTS))
     close(acts["L1.router_output"], logits)
     push = torch.tensor([0.0, 100.0, 0.0, 0.0])  # expert 1 alone: it takes all of the softmax
-    with intervene(model, [Intervention("L1.router_output", Add(push), LastToken())]):
-        with capture(model, "L1.expert_output") as each:
-            model(**batch)
+    with (
+        intervene(model, [Intervention("L1.router_output", Add(push), LastToken())]),
+        capture(model, "L1.expert_output") as each,
+    ):
+        model(**batch)
     parts = each["L1.expert_output"].unflatten(-1, (EXPERTS, 32)).abs().sum(-1)
     assert (parts[:, -1, 1] > 0).all() and float(parts[:, -1, [0, 2, 3]].max()) < 1e-6
     with capture(model, "L1.expert_output") as plain:

@@ -34,17 +34,21 @@ def model():
 @torch.no_grad()
 def test_a_block_in_which_no_forward_ran(model):
     plan = [Intervention("L1.block_output", Add(vector(1)), LastToken())]
-    with pytest.raises(NotApplied, match=r"Add at L1.block_output on LastToken\(\).*0 times.*0 forward passes"):
-        with intervene(model, plan):
-            pass
+    with (
+        pytest.raises(NotApplied, match=r"Add at L1.block_output on LastToken\(\).*0 times.*0 forward passes"),
+        intervene(model, plan),
+    ):
+        pass
 
 
 @torch.no_grad()
 def test_a_module_that_the_forward_skips(model):
     plan = [Intervention("L1.block_output", Add(vector(1))), Intervention("path:lm_head.output", Scale(2.0))]
-    with pytest.raises(NotApplied, match=r"Scale at path:lm_head.output.*0 times.*1 forward passes") as raised:
-        with intervene(model, plan):
-            model.model(**tiny_batch(model))
+    with (
+        pytest.raises(NotApplied, match=r"Scale at path:lm_head.output.*0 times.*1 forward passes") as raised,
+        intervene(model, plan),
+    ):
+        model.model(**tiny_batch(model))
     assert "Add" not in str(raised.value)
 
 
@@ -52,7 +56,7 @@ def test_a_module_that_the_forward_skips(model):
 @torch.no_grad()
 def test_only_the_excluded_phase_ran(model, positions):
     plan = [Intervention("L1.block_output", Add(vector(1)), positions, phase="decode")]
-    with pytest.raises(NotApplied, match="ran 1 times.*in the phase"), intervene(model, plan):
+    with pytest.raises(NotApplied, match=r"ran 1 times.*in the phase"), intervene(model, plan):
         model(**tiny_batch(model))
 
 
@@ -68,9 +72,11 @@ def test_decode_steps_beyond_what_is_generated(model):
 
 @torch.no_grad()
 def test_a_capture_that_never_fired(model):
-    with pytest.raises(NotApplied, match=r"Capture of path:lm_head.output.*1 passes"):
-        with capture(model, ["L0.block_output", "path:lm_head.output"]):
-            model.model(**tiny_batch(model))
+    with (
+        pytest.raises(NotApplied, match=r"Capture of path:lm_head.output.*1 passes"),
+        capture(model, ["L0.block_output", "path:lm_head.output"]),
+    ):
+        model.model(**tiny_batch(model))
     with capture(model, "L0.block_output", DecodeSteps()) as acts:
         model(**tiny_batch(model))
     with pytest.raises(NotApplied, match="its module ran 1 times, but none of those passes held the positions"):

@@ -221,6 +221,37 @@ def _alone(edit, positions, row):
 
 
 @torch.no_grad()
+def test_several_sequences_with_the_prompt_given(model):
+    batch, plan = tiny_batch(model, "left"), [Intervention(SITE, Add(vector(4, 2, 2)), At([[0, -1], [2, 1]]))]
+    how = {"num_beams": 3, "num_return_sequences": 3}
+    found = generated(model, batch, plan, prompt=batch, prefill_chunk_size=2, **how)
+    close(found, generated(model, batch, plan, **how))
+
+
+@torch.no_grad()
+def test_examples_that_are_equal_share_what_is_written_for_one(model):
+    """The rule that lets beams through: rows are repeats if and only if their tokens are."""
+    batch = {name: value[:1].repeat(4, 1) for name, value in tiny_batch(model).items()}
+    with intervene(model, [Intervention(SITE, Add(vector(4, 2)))]):
+        found = model(**batch).logits
+    for row in range(4):
+        with intervene(model, [Intervention(SITE, Add(vector(4, 2)[row // 2]))]):
+            close(found[row], model(**one(batch, row)).logits[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inference_mode_and_half_precision(dtype):
+    model = tiny_model("llama").to(dtype)
+    batch = tiny_batch(model, "left")
+    plan = [Intervention(SITE, Add(V)), Intervention("L0.mlp_output", Project(W), LastToken())]
+    with torch.inference_mode(), intervene(model, plan) as applied:
+        found = torch.stack(model.generate(**batch, **GREEDY).logits)
+    assert [report.tokens for report in applied.report()] == [11 + 6, 2 + 6]
+    with torch.no_grad(), intervene(model, plan):
+        assert torch.equal(found, torch.stack(model.generate(**batch, **GREEDY).logits))
+
+
+@torch.no_grad()
 def test_conditions_decide_for_each_generated_token(model):
     plan = [Intervention(SITE, Add(V, 3.0), when=ProjectionAbove(W, 0.2))]
     batch = tiny_batch(model, "left")
@@ -246,7 +277,7 @@ def test_static_cache(family, name):
 @torch.no_grad()
 def test_static_cache_hides_the_padding_unless_the_prompt_is_given(family):
     model = tiny_model(family)
-    with pytest.raises(BadPosition, match="a static cache makes such masks.*Pass prompt="):
+    with pytest.raises(BadPosition, match=r"a static cache makes such masks.*Pass prompt="):
         generated(model, tiny_batch(model, "left"), PLANS["all"][0], cache_implementation="static")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from intervene import (
     Add,
@@ -229,6 +230,36 @@ def test_nested_blocks_under_checkpointing(mode):
         close(a, b)
 
 
+@pytest.mark.parametrize("mode", CHECKPOINTED)
+def test_a_stopped_source_run_between_forward_and_backward_does_not_confuse_the_recomputation(mode):
+    results = []
+    for how in ("plain", mode):
+        model, plan = trained(how), plan_at("L1.mlp_output", "add", LastToken())
+        swap = [Intervention("L0.block_output", Swap(), At(0))]
+        with intervene(model, plan):
+            loss = loss_of(model, tiny_batch(model, "right"))
+            if how == mode:
+                collect_sources(model, swap, tiny_batch(model, "left", seed=4, lengths=(3, 5)))
+            loss.backward()
+        results.append([plan[0].edit.vector.grad, *(p.grad for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_around_the_whole_model_is_refused(reentrant):
+    model = tiny_model("llama")
+    embedded = model.model.embed_tokens(tiny_batch(model)["input_ids"]).detach().requires_grad_()
+
+    def forward(h):
+        return model(inputs_embeds=h, use_cache=False).logits
+
+    with intervene(model, _noise(AllTokens())):
+        logits = torch.utils.checkpoint.checkpoint(forward, embedded, use_reentrant=reentrant)
+        with pytest.raises(AmbiguousForward, match="a checkpoint around the whole of it"):
+            logits.sum().backward()
+
+
 def test_stop_gradient_cuts_the_gradient_and_nothing_else():
     model, batch = trained("plain"), None
     batch = tiny_batch(model)
@@ -269,10 +300,13 @@ def test_noise_is_drawn_anew_in_each_forward_and_reproducible_by_seed():
 
     def draws(seed):
         plan = _noise(LastToken(), seed)
-        with capture(model, "L1.mlp_output", LastToken()) as before, intervene(model, plan):
-            with capture(model, "L1.mlp_output", LastToken()) as after:
-                for _ in range(3):
-                    model(**batch)
+        with (
+            capture(model, "L1.mlp_output", LastToken()) as before,
+            intervene(model, plan),
+            capture(model, "L1.mlp_output", LastToken()) as after,
+        ):
+            for _ in range(3):
+                model(**batch)
         pairs = zip(after.every("L1.mlp_output"), before.every("L1.mlp_output"), strict=True)
         return [(a - b) / 0.7 for a, b in pairs]
 

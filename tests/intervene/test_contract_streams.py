@@ -151,9 +151,12 @@ def test_plan_order_and_nesting_order(order):
 def test_an_outer_capture_sees_what_enters_and_an_inner_one_what_leaves():
     model = tiny_model("llama")
     batch = tiny_batch(model)
-    with capture(model, SITE) as before, intervene(model, [Intervention(SITE, Zero())]):
-        with capture(model, SITE) as after:
-            model(**batch)
+    with (
+        capture(model, SITE) as before,
+        intervene(model, [Intervention(SITE, Zero())]),
+        capture(model, SITE) as after,
+    ):
+        model(**batch)
     with capture(model, SITE) as plain:
         model(**batch)
     close(before[SITE], plain[SITE])

@@ -134,15 +134,19 @@ def test_a_compiled_model_is_refused(how):
     else:
         model.model.layers[1].compile()
     for block in (intervene(model, [Intervention(SITE, Zero())]), capture(model, SITE)):
-        with pytest.raises(UnsupportedModel, match="has not been shown to honour hooks.*Pass the model as it was"):
-            with block:
-                pass
+        with (
+            pytest.raises(UnsupportedModel, match=r"has not been shown to honour hooks.*Pass the model as it was"),
+            block,
+        ):
+            pass
 
 
 def test_data_parallel_is_refused():
-    with pytest.raises(UnsupportedModel, match="hooks on the original never fire"):
-        with intervene(nn.DataParallel(tiny_model("llama")), [Intervention(SITE, Zero())]):
-            pass
+    with (
+        pytest.raises(UnsupportedModel, match="hooks on the original never fire"),
+        intervene(nn.DataParallel(tiny_model("llama")), [Intervention(SITE, Zero())]),
+    ):
+        pass
 
 
 _DDP = """
@@ -311,16 +315,22 @@ def test_a_recurrent_network():
 def test_a_recurrent_network_with_time_first_is_refused():
     model = Tagger(batch_first=False)
     for site in ("path:gru.output", "path:gru.input"):
-        with pytest.raises(UnsupportedModel, match="gru, a GRU, has batch_first=False.*batch_first=True"):
-            with intervene(model, [Intervention(site, Zero())]):
-                pass
-    with pytest.raises(UnsupportedModel, match="the model, a GRU, has batch_first=False"):
-        with capture(Holder(model.gru).inner, "path:.output"):
+        with (
+            pytest.raises(UnsupportedModel, match=r"gru, a GRU, has batch_first=False.*batch_first=True"),
+            intervene(model, [Intervention(site, Zero())]),
+        ):
             pass
+    with (
+        pytest.raises(UnsupportedModel, match="the model, a GRU, has batch_first=False"),
+        capture(Holder(model.gru).inner, "path:.output"),
+    ):
+        pass
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False)
-    with pytest.raises(UnsupportedModel, match="self_attn, a MultiheadAttention, has batch_first=False"):
-        with capture(encoder, "path:layers.1.linear1.output"):
-            pass
+    with (
+        pytest.raises(UnsupportedModel, match="self_attn, a MultiheadAttention, has batch_first=False"),
+        capture(encoder, "path:layers.1.linear1.output"),
+    ):
+        pass
 
 
 class Holder(nn.Module):
@@ -340,9 +350,11 @@ class Transposed(nn.Module):
 
 def test_axes_that_are_not_examples_by_tokens_are_refused():
     model = Transposed()
-    with pytest.raises(ShapeMismatch, match=r"shape \(5, 2, 4\): expected \(2, 5, D\), examples by tokens"):
-        with intervene(model, [Intervention("path:inner.output", Zero())]):
-            model(torch.randn(2, 5, 4))
+    with (
+        pytest.raises(ShapeMismatch, match=r"shape \(5, 2, 4\): expected \(2, 5, D\), examples by tokens"),
+        intervene(model, [Intervention("path:inner.output", Zero())]),
+    ):
+        model(torch.randn(2, 5, 4))
 
 
 def test_components_need_a_family_and_paths_a_module():

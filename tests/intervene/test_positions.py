@@ -312,8 +312,10 @@ def test_a_cache_rolled_back_or_exchanged_is_ambiguous(model):
     with pytest.raises(AmbiguousForward, match="is not the one the pass before it filled"), intervene(model, plan):
         model(input_ids=ids, past_key_values=cache)
         model(input_ids=ids[:, :1], past_key_values=other)
-    with pytest.raises(AmbiguousForward, match="starts at column 2, but 3 were already seen"):
-        with intervene(model, plan):
-            out = model(input_ids=ids)
-            out.past_key_values.crop(-1)  # one token fewer
-            model(input_ids=ids[:, :1], past_key_values=out.past_key_values)
+    with (
+        pytest.raises(AmbiguousForward, match="starts at column 2, but 3 were already seen"),
+        intervene(model, plan),
+    ):
+        out = model(input_ids=ids)
+        out.past_key_values.crop(-1)  # one token fewer
+        model(input_ids=ids[:, :1], past_key_values=out.past_key_values)

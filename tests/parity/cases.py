@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from intervene import (
-    interchange,
-)
+from intervene import interchange
 
 from . import oracle
 from .tiny import random_tensor, tiny, token_ids

@@ -22,10 +22,7 @@ from intervene import (
     Zero,
     trainable_parameters,
 )
-from intervene.pyvene_compat import (
-    PyveneEdit,
-    from_pyvene,
-)
+from intervene.pyvene_compat import PyveneEdit, from_pyvene
 
 from . import oracle
 from .cases import (

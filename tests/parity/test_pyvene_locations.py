@@ -5,14 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from intervene import (
-    At,
-)
+from intervene import At
 from intervene.errors import BadPosition, Unsupported
-from intervene.pyvene_compat import (
-    Location,
-    positions_from_pyvene,
-)
+from intervene.pyvene_compat import Location, positions_from_pyvene
 
 
 @pytest.mark.parametrize(

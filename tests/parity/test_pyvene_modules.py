@@ -23,28 +23,10 @@ from intervene import (
     trainable_parameters,
 )
 from intervene.errors import ShapeMismatch, Unsupported
-from intervene.pyvene_compat import (
-    PyveneEdit,
-    from_pyvene,
-    locations_to_pyvene,
-    to_pyvene,
-)
+from intervene.pyvene_compat import PyveneEdit, from_pyvene, locations_to_pyvene, to_pyvene
 
 from . import oracle
-from .cases import (
-    BASE,
-    BASE_AT,
-    HERE,
-    SOURCE,
-    SOURCE_AT,
-    VECTOR,
-    WIDTH,
-    ours,
-    same,
-    seeded,
-    theirs,
-    wide,
-)
+from .cases import BASE, BASE_AT, HERE, SOURCE, SOURCE_AT, VECTOR, WIDTH, ours, same, seeded, theirs, wide
 from .tiny import random_frame, random_tensor
 
 pyvene = oracle.pyvene

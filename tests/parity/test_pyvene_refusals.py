@@ -9,20 +9,10 @@ import pytest
 import torch
 
 from intervene.errors import BadVector, StoreError, Unsupported
-from intervene.pyvene_compat import (
-    from_pyvene,
-)
+from intervene.pyvene_compat import from_pyvene
 
 from . import oracle
-from .cases import (
-    BASE,
-    HERE,
-    LOCATIONS,
-    SOURCE,
-    WIDTH,
-    theirs,
-    wide,
-)
+from .cases import BASE, HERE, LOCATIONS, SOURCE, WIDTH, theirs, wide
 from .tiny import tiny
 
 pyvene = oracle.pyvene
