@@ -7,6 +7,9 @@ PYTHON ?= python3
 #   make test TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'
 TORCH ?= torch==2.13.0
 
+# Test processes; each uses one thread (tests/conftest.py).
+WORKERS ?= 2
+
 BIN := .venv/bin
 PACKAGES := intervene alignments tasks
 SOURCES := $(PACKAGES) tests $(wildcard benchmarks) $(wildcard *.py)
@@ -20,10 +23,10 @@ das: $(READY)
 	$(BIN)/python run_das.py --task ioi --model smollm2-135m --out runs/das --resume
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 fast: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
 lint: $(READY)
 	$(BIN)/ruff format --check $(SOURCES)

@@ -10,6 +10,7 @@ Ctrl-C loses nothing: start the same command with --resume.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -26,7 +27,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from alignments.config import HELP, ConfigError, RunDas, describe, load_config
+from alignments.fit import predict
 from alignments.metrics import NoVerdict, SeedMean, mean_over_seeds, verdict
+from alignments.pairs import encode
 from alignments.problem import (
     EQUALITY,
     SAMPLE,
@@ -43,10 +46,12 @@ from alignments.record import RecordError, RunRecord
 from alignments.report import write_report
 from alignments.rows import Row
 from alignments.search import Budget, Cell, Search, cells_of
+from intervene import Plan, Site
 from intervene.errors import InterveneError
 from intervene.families import locate
 from intervene.models import load_model
 from intervene.store import save_plan
+from intervene.suffix import call_inputs, positions_of
 from tasks import TaskError, task_named
 
 DEFAULTS = {
@@ -186,9 +191,21 @@ def search(problem: Problem, record: RunRecord) -> None:
     learned = [cell for cell in cells if cell.rank is not None]
     if learned:
         best = searched.best_cell(learned[0].method)
-        save_plan(
-            searched.plan(best, config.seeds[0]), record.path("plan"), model=problem.model, overwrite=config.resume
-        )
+        plan = searched.plan(best, config.seeds[0])
+        save_plan(plan, record.path("plan"), model=problem.model, overwrite=config.resume)
+        write_examples(problem, plan, record.path("examples.jsonl"))
+
+
+def write_examples(problem: Problem, plan: Plan, path: Path) -> None:
+    """Write one line per test pair: its prompts, label, kind, and what the model answered under `plan`."""
+    if not problem.examples:
+        return
+    answers = predict(plan, problem.splits["test"])
+    right = (answers == problem.splits["test"].labels).tolist()
+    told = [problem.tokenizer.decode(int(answer)) for answer in answers]
+    with path.open("w", encoding="utf-8") as stream:
+        for example, answer, hit in zip(problem.examples, told, right, strict=True):
+            stream.write(json.dumps({**example, "answer": answer, "right": hit}, ensure_ascii=False) + "\n")
 
 
 def grid(problem: Problem) -> list[Cell]:
@@ -257,14 +274,11 @@ def dry_run(config: RunDas) -> None:
     cells = [
         cell
         for layer in config.layers
-        for cell in cells_of([locate_site(layer)], config.positions, config.methods, config.rank)
+        for cell in cells_of([Site("block_output", layer)], config.positions, config.methods, config.rank)
     ]
     learned = sum(cell.rank is not None for cell in cells)
     pairs = task.pairs("train", variable=config.variable, n=max(SAMPLE, 2))
     examples = [pair.base for pair in pairs]
-    from alignments.pairs import encode
-    from intervene.suffix import call_inputs, positions_of
-
     tokens = encode(tokenizer, examples, config.positions, next(model.parameters()).device)
     batch = {**tokens.batch(slice(None)), "position_ids": positions_of(tokens.attention_mask)}
     begun = time.perf_counter()
@@ -284,17 +298,8 @@ def dry_run(config: RunDas) -> None:
     console.print(f"cost: about {seconds / 60:.1f} minutes at {1000 * each:.0f} ms per example and full pass")
 
 
-def locate_site(layer: int) -> Any:
-    """Return the residual stream after block `layer`."""
-    from intervene.sites import Site
-
-    return Site("block_output", layer)
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Return the mapping in a JSON file, empty if there is none."""
-    import json
-
     return json.loads(path.read_text()) if path.exists() else {}
 
 

@@ -54,6 +54,8 @@ class Problem:
     lint: Mapping[str, Any]
     fingerprint: str
     others: Mapping[str, Callable[[], tuple[nn.Module, Mapping[str, PairData]]]] = field(default_factory=dict)
+    examples: Sequence[Mapping[str, Any]] = ()  # one per test pair, for people to read; empty for vectors
+    tokenizer: Any = None
 
 
 def task_defaults(config: RunDas) -> RunDas:
@@ -139,7 +141,13 @@ def prepare_text(config: RunDas, model: nn.Module, tokenizer: Any, task: Task, r
         }
         splits[split] = data
     facts = Facts(task.name, config.model, config.variable, baselines, accuracy)
-    return Problem(config, model, splits, Marked, sites, facts, lint, fingerprint(model))
+    examples = [
+        {"base": pair.base.prompt, "source": pair.source.prompt, "label": pair.label, "kind": task.kind(pair)}
+        for pair in pairs
+    ]  # of test, the last split prepared
+    return Problem(
+        config, model, splits, Marked, sites, facts, lint, fingerprint(model), examples=examples, tokenizer=tokenizer
+    )
 
 
 def prepare_equality(config: RunDas, report: Report) -> Problem:

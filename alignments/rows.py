@@ -174,7 +174,7 @@ class Row:
                 f"Row: {'; '.join(problems)}. Fields are {', '.join(one.name for one in fields(cls))} "
                 f"(extra baselines as {EXTRA_PREFIX}<name>); read older files with the version that wrote them."
             )
-        return cls(**plain, **told)
+        return cls(**plain, extra=told["extra"], kinds=told["kinds"])
 
 
 def _is_number(value: object) -> bool:

@@ -51,6 +51,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--what", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--name", default=None, help="of the file in results/ (default: model and device)")
+    parser.add_argument("--keep", action="store_true", help="keep what the file has of parts not measured now")
     parser.add_argument("--readme", action="store_true", help="put the tables into benchmarks/README.md")
     parser.add_argument("--reads_only", type=Path, default=None, help=argparse.SUPPRESS)  # the child process's output
     return parser.parse_args(arguments)
@@ -125,8 +126,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
     versions = {name: peers.load(name)[1] for name in options.peers}
-    shape = {key: value for key, value in vars(options).items() if key not in ("readme", "reads_only", "name")}
-    result: dict[str, Any] = {"environment": environment(device), "options": shape, "peers": versions}
+    shape = {key: value for key, value in vars(options).items() if key not in ("readme", "reads_only", "name", "keep")}
+    name = options.name or f"{options.model}-{device}"
+    path = HERE / "results" / f"{name}.json"
+    before = json.loads(path.read_text()) if options.keep and path.exists() else {}
+    result: dict[str, Any] = {**before, "environment": environment(device), "options": shape, "peers": versions}
+    result["dates"] = {**before.get("dates", {}), **dict.fromkeys(options.what, result["environment"]["date"])}
     if "counts" in options.what:
         narrow = work_of(options, device, width=NARROW)
         result["counts"] = each(options, lambda kind: measure.operations(kind, narrow))
@@ -139,8 +144,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result["times"] = each(options, lambda kind: measure.times(kind, work, rounds=options.rounds, device=device))
     if "imports" in options.what:
         result["imports"] = measure.imports(options.peers)
-    name = options.name or f"{options.model}-{device}"
-    path = HERE / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(tables(result))

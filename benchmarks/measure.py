@@ -46,7 +46,7 @@ def operations(kind: type[Any], work: Workload) -> Figures:
     `per_site` is the difference between all sites and one site, divided by the sites between; `per_call` is what
     remains for one site: the fixed cost. `average` is everything divided by the number of sites.
     """
-    adapter, right = kind(work), RawHooks(work)
+    adapter, right = kind(work.own_copy()), RawHooks(work)
     parts = adapter.work.parts
     idle, names = plain_cost(parts, adapter.plain)
     hugging_face, _ = plain_cost(work.parts, right.plain)
@@ -187,7 +187,8 @@ def times(kind: type[Any], work: Workload, *, rounds: int, device: str) -> Figur
     `steer` is the ratio of tokens per second to the peer's own unsteered generation, so 1 means that steering is free;
     `steer_plain` is the ratio to plain Hugging Face generation.
     """
-    adapter, plain = kind(work), RawHooks(work)
+    # both on a copy: where a model lies in memory alone makes a few per cent
+    adapter, plain = kind(work.own_copy()), RawHooks(work.own_copy())
     figures: Figures = {}
     try:
         runs = {"plain": plain.plain, **{case: adapter.prepare(case, work) for case in ("swap_last", "collect")}}
@@ -257,7 +258,7 @@ def cuda_syncs(kind: type[Any], work: Workload) -> Figures:
     """Return per case how often CUDA itself reports a synchronisation, beyond a plain forward; needs a GPU."""
     import warnings
 
-    adapter = kind(work)
+    adapter = kind(work.own_copy())
 
     def counted(run: Callable[[], object]) -> int:
         run()

@@ -8,6 +8,7 @@ Importing this costs what importing torch costs; transformers, pyvene and the re
 
 from intervene.applied import Applied, Report
 from intervene.captured import Captured, Sources
+from intervene.check import check_family
 from intervene.conditions import Condition, ProbeAbove, ProjectionAbove
 from intervene.content import Match, Prompt, Response, response_marker
 from intervene.edits import (
@@ -43,9 +44,11 @@ from intervene.errors import (
 from intervene.families import Family, fingerprint, register_family
 from intervene.featurizers import PCA, SAE, Coordinates, Featurizer, Identity, Subspace
 from intervene.interventions import Intervention, Plan, trainable_parameters
+from intervene.marked import Marked
 from intervene.positions import AllTokens, At, DecodeSteps, First, LastToken, Mask, Positions, Span
 from intervene.run import activations, capture, collect_sources, frozen, interchange, intervene
 from intervene.sites import COMPONENTS, Site
+from intervene.store import load_plan, load_vector, save_plan, save_vector
 from intervene.vectors import Activations, SteeringVector, mean_difference, pca_direction, probe_direction
 
 __all__ = [
@@ -75,6 +78,7 @@ __all__ = [
     "InterveneError",
     "Intervention",
     "LastToken",
+    "Marked",
     "Mask",
     "Match",
     "ModelNotFound",
@@ -108,15 +112,20 @@ __all__ = [
     "Zero",
     "activations",
     "capture",
+    "check_family",
     "collect_sources",
     "fingerprint",
     "frozen",
     "interchange",
     "intervene",
+    "load_plan",
+    "load_vector",
     "mean_difference",
     "pca_direction",
     "probe_direction",
     "register_family",
     "response_marker",
+    "save_plan",
+    "save_vector",
     "trainable_parameters",
 ]

@@ -120,11 +120,21 @@ class Recorder:
         edit = type(self.bound.intervention.edit).__name__
         return Report(str(self.bound.tap.site), edit, self.calls, tokens, int(self._elements.value), ratio)
 
-    def touched(self) -> bool:
-        """Return whether at least one token was selected; reads the device only if a mask leaves it open."""
-        if not self._selected.known:
-            self._fold()
-        return bool(self._selected.known) or self._selected.value > 0
+    def evidence(self, seen: dict[int, Tensor]) -> list[int]:
+        """Return what is still to be read to know that a token was selected: ids of 0-d tensors, true if so.
+
+        The tensors are put in `seen`; interventions on the same tokens share them. Empty if nothing was selected.
+        """
+        found = [*self._masks, *self._selected.terms.values()]
+        for tensor in found:
+            if id(tensor) not in seen:
+                seen[id(tensor)] = tensor.any()
+        return [id(tensor) for tensor in found]
+
+    @property
+    def certain(self) -> bool:
+        """Whether a token is known to have been selected, without reading the device."""
+        return self._selected.known > 0
 
 
 class Applied:
@@ -137,9 +147,13 @@ class Applied:
         """Return one `Report` per intervention, in plan order."""
         return [recorder.report() for recorder in self._recorders]
 
+    @torch.no_grad()
     def check(self, passes: int) -> None:
         """Raise NotApplied, naming them, if some interventions never fired or touched no token."""
-        silent = [recorder for recorder in self._recorders if not recorder.touched()]
+        seen: dict[int, Tensor] = {}
+        open_ones = {recorder: recorder.evidence(seen) for recorder in self._recorders if not recorder.certain}
+        truth = _read_together(seen)
+        silent = [recorder for recorder, ids in open_ones.items() if not any(truth[number] for number in ids)]
         if not silent:
             return
         names = "; ".join(
@@ -149,3 +163,15 @@ class Applied:
             f"Not applied: {names}. {passes} forward passes ran in the block. "
             "Run the model inside the block, on inputs that contain the positions, in the phase the intervention names."
         )
+
+
+def _read_together(tensors: dict[int, Tensor]) -> dict[int, bool]:
+    """Return the values of 0-d bool tensors with one read of each device."""
+    devices: dict[torch.device, list[int]] = {}
+    for number, tensor in tensors.items():
+        devices.setdefault(tensor.device, []).append(number)
+    values: dict[int, bool] = {}
+    for numbers in devices.values():
+        read = torch.stack([tensors[number] for number in numbers]).tolist()
+        values.update(zip(numbers, read, strict=True))
+    return values

@@ -38,7 +38,7 @@ class Captured(Mapping["Site | str", Tensor]):
         self._names = dict(zip(sites if resolved is None else resolved, sites, strict=True))  # "L2..." of "L-1..."
 
     def add(self, site: Site, value: Tensor | None, valid: Tensor | None) -> None:
-        """Append one pass's activations of `site`, (B, P, D), and which slots hold a token, (B, P); None: all or none."""
+        """Append one pass's activations of `site`, (B, P, D), and which slots hold a token (B, P)."""
         self._values[site].append(value)
         self._valid[site].append(valid)
 

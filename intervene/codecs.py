@@ -30,6 +30,7 @@ from intervene.edits import (
 )
 from intervene.errors import InterveneError, StoreError, close_names
 from intervene.featurizers import PCA, SAE, Coordinates, Identity, Subspace
+from intervene.marked import Marked
 from intervene.positions import AllTokens, At, DecodeSteps, First, LastToken, Mask, Positions, Span
 from intervene.vectors import SteeringVector
 
@@ -151,6 +152,7 @@ POSITION_CODECS = _table(
     Codec(Prompt, lambda parts: Prompt(_tuples(parts.options["marker"])), ("marker",)),
     Codec(Response, lambda parts: Response(_tuples(parts.options["marker"])), ("marker",)),
     Codec(Match, _match, ("target", "occurrence", "token")),
+    Codec(Marked, lambda parts: Marked(**parts.options), ("name",)),
 )
 # why a class that exists is in no table
 REFUSED = {

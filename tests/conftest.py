@@ -11,6 +11,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
+torch.set_num_threads(1)  # several test processes share the cores, and tiny tensors lose by being split
+os.environ["OMP_NUM_THREADS"] = "1"  # and so for the processes that tests start
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:

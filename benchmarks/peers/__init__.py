@@ -5,7 +5,8 @@ once per model; `prepare(case, work)`, which does what a user does once per plan
 rest for one batch and returns its logits (B, S, V) or, for "collect", activations (L, B, S, D); `plain()`, the peer's
 forward with nothing to do; and `steer(on)`, which returns a function that generates (B, S + new) token ids.
 
-Each is written as its peer's documentation advises, with the fastest form where there are several.
+The model an adapter is given is its own to change: some peers do, for good. Each adapter is written as its peer's
+documentation advises, in the fastest form where there are several.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ class Nnsight:
     name, distribution = "nnsight", "nnsight"
 
     def __init__(self, work: Workload) -> None:
-        self.work = work.own_copy() if work.base["input_ids"].device.type != "pretend" else work
+        self.work = work
         tokenizer = token_names(self.work.model.config.vocab_size)
         self.model = nnsight.TransformersModel(self.work.model, tokenizer=tokenizer, device=self.work.vectors.device)
         inner = self.model.transformer if hasattr(self.work.model, "transformer") else self.model.model

@@ -27,7 +27,7 @@ class Pyvene:
     extra_cases: ClassVar = {"swap_ungrouped": "swap_last"}
 
     def __init__(self, work: Workload) -> None:
-        self.work = work.own_copy() if work.base["input_ids"].device.type != "pretend" else work
+        self.work = work
 
     def plain(self) -> Tensor:
         return self.work.model(**self.work.base).logits

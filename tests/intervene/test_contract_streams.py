@@ -193,3 +193,24 @@ def test_two_sites_in_one_subspace_and_two_subspaces_at_one_site():
     parts = [Intervention(SITE, Zero(), LastToken(), first), Intervention(SITE, Zero(), LastToken(), second)]
     whole = [Intervention(SITE, Zero(), LastToken(), Subspace.from_frame(q))]
     close(_value_at_last(model, batch, parts), _value_at_last(model, batch, whole))
+
+
+class _AddsInPlace(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        h = self.inner(x)
+        h += 1
+        return h
+
+
+@torch.no_grad()
+def test_a_set_vector_survives_a_model_that_adds_in_place():
+    model, edit = _AddsInPlace(), Set(torch.arange(4.0))
+    with intervene(model, [Intervention("path:inner.output", edit)]) as applied:
+        found = model(torch.randn(2, 3, 4))
+    close(found, (torch.arange(4.0) + 1).expand(2, 3, 4))
+    close(edit.vector, torch.arange(4.0))
+    assert applied.report()[0].tokens == 6

@@ -26,6 +26,7 @@ from intervene import (
     Identity,
     Intervention,
     LastToken,
+    Marked,
     Mask,
     Match,
     Noise,
@@ -223,6 +224,7 @@ def test_gradients_of_a_loaded_plan_are_the_same_bit_for_bit(training, tmp_path)
         DecodeSteps(1, 4),
         DecodeSteps(),
         Match([4, 5], occurrence=-1, token=0),
+        Marked("subject2"),
     ],
     ids=repr,
 )
