@@ -20,7 +20,9 @@ READY := .venv/.ready-$(DIGEST)
 .PHONY: das test fast lint format setup clean
 
 das: $(READY)
-	$(BIN)/python run_das.py --task ioi --model smollm2-135m --out runs/das --resume
+	$(BIN)/python run_das.py --task ioi --variable position --model smollm2-135m --method full_vector,das \
+	  --layers 11,14,17,20,23,26 --positions subject2,last --rank 8 --seeds 0,1,2 \
+	  --n_train 128 --n_select 100 --n_test 300 --batch_size 32 --steps 40 --out runs/das --resume
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
