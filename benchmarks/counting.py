@@ -165,10 +165,15 @@ def count(parts: Parts, plain: ForwardCost, plain_names: Counter[str], run: Call
 
     `names` are the operations beyond as many whole plain forwards as were begun; those missing from a forward that
     stopped early show as negative.
+
+    Raises:
+        ValueError: the run did not use the model whose parts these are; every number would be wrong.
     """
     with torch.no_grad(), OpCounter() as counter, ForwardMeter(parts, counter) as meter:
         run()
     passes = meter.passes
+    if not passes.embedding:
+        raise ValueError("Count of a run: it never called the model that is watched. Run that model, not a copy of it.")
     names = {
         name: difference
         for name in {*counter.names, *plain_names}

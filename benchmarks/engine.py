@@ -51,7 +51,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--what", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--name", default=None, help="of the file in results/ (default: model and device)")
-    parser.add_argument("--keep", action="store_true", help="keep what the file has of parts not measured now")
+    parser.add_argument("--keep", action="store_true", help="keep what the file has and is not measured now")
     parser.add_argument("--readme", action="store_true", help="put the tables into benchmarks/README.md")
     parser.add_argument("--reads_only", type=Path, default=None, help=argparse.SUPPRESS)  # the child process's output
     return parser.parse_args(arguments)
@@ -64,6 +64,11 @@ def work_of(options: argparse.Namespace, device: str, *, width: int) -> Workload
     return make_workload(model, device=device, **sizes)
 
 
+def now() -> str:
+    """Return the date and time, UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
 def environment(device: str) -> dict[str, Any]:
     """Return the machine, the versions and the date."""
     cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
@@ -71,7 +76,7 @@ def environment(device: str) -> dict[str, Any]:
         lines = [line.split(":", 1) for line in info.read_text().splitlines()]
         cpu = next((line[1].strip() for line in lines if line[0].startswith("model name")), cpu)
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": now(),
         "processor": cpu,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -85,13 +90,14 @@ def environment(device: str) -> dict[str, Any]:
 def each(options: argparse.Namespace, measured: Callable[[type[Any]], Any]) -> dict[str, Any]:
     """Return `measured` of each peer that is installed, or why there is no figure for it."""
     found: dict[str, Any] = {}
+    date = now()
     for name in options.peers:
         kind, reason = peers.load(name)
         if kind is None:
             found[name] = {"status": reason}
             continue
         try:
-            found[name] = {"status": "measured", **measured(kind)}
+            found[name] = {"status": "measured", "date": date, **measured(kind)}
         except Exception as error:
             found[name] = {"status": f"failed ({type(error).__name__}: {error})"}
         print(f"  {name}: {found[name]['status']}", file=sys.stderr, flush=True)
@@ -126,12 +132,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
     versions = {name: peers.load(name)[1] for name in options.peers}
-    shape = {key: value for key, value in vars(options).items() if key not in ("readme", "reads_only", "name", "keep")}
+    passing = ("readme", "reads_only", "name", "keep", "peers", "what")
+    shape = {key: value for key, value in vars(options).items() if key not in passing}
     name = options.name or f"{options.model}-{device}"
     path = HERE / "results" / f"{name}.json"
     before = json.loads(path.read_text()) if options.keep and path.exists() else {}
-    result: dict[str, Any] = {**before, "environment": environment(device), "options": shape, "peers": versions}
-    result["dates"] = {**before.get("dates", {}), **dict.fromkeys(options.what, result["environment"]["date"])}
+    result: dict[str, Any] = {"environment": environment(device), "options": shape, "peers": versions}
     if "counts" in options.what:
         narrow = work_of(options, device, width=NARROW)
         result["counts"] = each(options, lambda kind: measure.operations(kind, narrow))
@@ -144,6 +150,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result["times"] = each(options, lambda kind: measure.times(kind, work, rounds=options.rounds, device=device))
     if "imports" in options.what:
         result["imports"] = measure.imports(options.peers)
+    for part, old in before.items():
+        if part in ("counts", "cuda_syncs", "reads", "times", "imports", "peers"):
+            result[part] = {**old, **result.get(part, {})}  # in the order of the first run
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(tables(result))

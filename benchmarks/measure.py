@@ -53,10 +53,10 @@ def operations(kind: type[Any], work: Workload) -> Figures:
     figures: Figures = {"idle": idle.total - hugging_face.total, "plain": hugging_face.total, "cases": {}}
     for case, answer in _cases(adapter).items():
         try:
-            every = adapter.prepare(case, work)
+            every = adapter.prepare(case, adapter.work)
             with torch.no_grad():
                 error = _distance(every(), right.prepare(answer, work)())
-            one = adapter.prepare(case, work.at(work.layers[-1:]))
+            one = adapter.prepare(case, adapter.work.at(work.layers[-1:]))
             one()
             figures["cases"][case] = _per_site(
                 count(parts, idle, names, every), count(parts, idle, names, one), work, error
@@ -191,7 +191,10 @@ def times(kind: type[Any], work: Workload, *, rounds: int, device: str) -> Figur
     adapter, plain = kind(work.own_copy()), RawHooks(work.own_copy())
     figures: Figures = {}
     try:
-        runs = {"plain": plain.plain, **{case: adapter.prepare(case, work) for case in ("swap_last", "collect")}}
+        runs = {
+            "plain": plain.plain,
+            **{case: adapter.prepare(case, adapter.work) for case in ("swap_last", "collect")},
+        }
         seconds = interleaved(runs, rounds=rounds, device=device)
         for case in ("swap_last", "collect"):
             figures[case] = ratio(seconds[case], seconds["plain"])
@@ -273,4 +276,4 @@ def cuda_syncs(kind: type[Any], work: Workload) -> Figures:
         return sum("synchroniz" in str(one.message) for one in caught)
 
     plain = counted(adapter.plain)
-    return {case: {"syncs": counted(adapter.prepare(case, work)), "plain": plain} for case in _cases(adapter)}
+    return {case: {"syncs": counted(adapter.prepare(case, adapter.work)), "plain": plain} for case in _cases(adapter)}

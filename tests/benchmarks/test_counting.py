@@ -132,6 +132,12 @@ def test_a_run_that_stops_early_is_charged_for_the_layers_it_ran(model: Model, i
     assert (counted.extra, counted.forwards, counted.blocks) == (1, 1, 2)
 
 
+def test_a_run_on_another_model_is_refused_and_not_counted(model: Model, ids: Tensor, parts: Parts):
+    plain, names = plain_cost(parts, lambda: model(ids))
+    with pytest.raises(ValueError, match="never called the model that is watched"):
+        count(parts, plain, names, lambda: Model()(ids))
+
+
 def test_counting_leaves_the_model_as_it_was(model: Model, ids: Tensor, parts: Parts):
     def own(*args: object) -> Tensor:
         return Block.forward(model.blocks[0], *args)
