@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor, nn
 
 from intervene.errors import UnsupportedModel, asked_found_do
@@ -70,11 +71,11 @@ def n_heads(place: Located, *, kv: bool) -> int:
     return int(getattr(config, family.heads) if n is None else n)
 
 
-def head_table(place: Located, component: str, width: int) -> Tensor:
+def head_table(place: Located, component: str, width: int) -> npt.NDArray[np.int64]:
     """Return the module's columns that belong to each head, (heads, d), for a head, query, key or value component."""
     part = component.removeprefix("head_").removesuffix("_output")
     heads, groups = n_heads(place, kv=False), n_heads(place, kv=True)
-    every = torch.arange(width)
+    every = np.arange(width)  # not torch: building a plan must cost the model no tensor operations
     fused = place.family.qkv_proj is not None and part != "attention_value"
     n = groups if part in ("key", "value") else heads
     parts = heads + 2 * groups if fused else n
@@ -87,13 +88,13 @@ def head_table(place: Located, component: str, width: int) -> Tensor:
             )
         )
     if not fused:
-        return every.view(n, width // n)
+        return every.reshape(n, width // n)
     d = width // parts
     which = ("query", "key", "value").index(part)
     if place.family.qkv_layout == "stacked":
         first = (0, heads, heads + groups)[which]
-        return every.view(parts, d)[first : first + n]
+        return every.reshape(parts, d)[first : first + n]
     if place.family.qkv_layout == "per_head":
-        return every.view(heads, 3, d)[:, which]
-    grouped = every.view(groups, heads // groups + 2, d)
+        return every.reshape(heads, 3, d)[:, which]
+    grouped = every.reshape(groups, heads // groups + 2, d)
     return grouped[:, :-2].reshape(heads, d) if part == "query" else grouped[:, which - 3]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from intervene.columns import features
 from intervene.family_table import FAMILIES, Family, Refusal, register_family
-from intervene.locate import Located, fingerprint, locate, unwrap
+from intervene.locate import Located, fingerprint, locate, located_once, unwrap
 from intervene.resolve import Tap, components_of, resolve
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "features",
     "fingerprint",
     "locate",
+    "located_once",
     "register_family",
     "resolve",
     "unwrap",

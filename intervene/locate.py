@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,7 @@ _REFUSED = {
         "Pass model.module, or use DistributedDataParallel.",
     ),
 }
+_Found = TypeVar("_Found")
 _SAMPLES = 64  # values read from each parameter for the fingerprint
 
 
@@ -93,6 +96,36 @@ def _is_peft(model: nn.Module) -> bool:
     )
 
 
+_HELD: ContextVar[dict[tuple[str, int], Any] | None] = ContextVar("_HELD", default=None)
+
+
+@contextmanager
+def located_once() -> Iterator[None]:
+    """Look at each model only once inside the block, however many sites are resolved; blocks nest.
+
+    Looking walks every module, which costs milliseconds. The block must be short: nobody may wrap, compile or change a
+    model while it lasts.
+    """
+    token = None if _HELD.get() is not None else _HELD.set({})
+    try:
+        yield
+    finally:
+        if token is not None:
+            _HELD.reset(token)
+
+
+def _held(what: str, model: nn.Module, look: Callable[[nn.Module], _Found]) -> _Found:
+    """Return `look(model)`, remembered inside a `located_once` block."""
+    memory = _HELD.get()
+    if memory is None:
+        return look(model)
+    key = (what, id(model))
+    if key not in memory:
+        memory[key] = look(model)
+    found: _Found = memory[key]
+    return found
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside DistributedDataParallel and PEFT wrappers.
 
@@ -100,6 +133,10 @@ def unwrap(model: nn.Module) -> nn.Module:
         UnsupportedModel: it is, or holds, a compiled, sharded (FSDP, DeepSpeed) or DataParallel module, or a PEFT
             prompt-learning adapter, which puts tokens of its own before the user's.
     """
+    return _held("unwrap", model, _unwrap)
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
@@ -140,6 +177,10 @@ def locate(model: nn.Module) -> Located:
             message has the line that registers one.
         UnsupportedModel: see `unwrap`; or the family does not handle a value of the configuration.
     """
+    return _held("locate", model, _locate)
+
+
+def _locate(model: nn.Module) -> Located:
     hf = unwrap(model)
     config = getattr(hf, "config", None)
     model_type = getattr(config, "model_type", None)

@@ -14,6 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -260,7 +262,9 @@ def _padding(named: Mapping[str, Any], session: _Session, rows: int, start: int,
     stop, device = start + length, tokens_of(named).device
     if session.real is None:
         mask = padding_mask(named, stop)
-        return None if mask is None else mask[:, start:stop, None].to(device).bool()
+        if mask is None or (mask.device.type == "cpu" and bool(mask[:, start:stop].all())):
+            return None  # looked at only where looking is free: elsewhere it would wait for the device
+        return mask[:, start:stop, None].to(device).bool()
     known = session.real[:, start:stop]
     if bool(known.all()):
         return None
@@ -274,10 +278,11 @@ def _resolve(target: Target, inputs: Mapping[str, Any]) -> Tensor:
             check_mask(inputs)
         return torch.empty((len(tokens_of(inputs)), 0), dtype=torch.int64)  # never indexed, see _select
     resolved = target.positions.resolve(inputs)
-    if not bool((resolved >= 0).any()) and not (target.positions.can_decode and target.decode):
+    columns = resolved.numpy()
+    if not (columns >= 0).any() and not (target.positions.can_decode and target.decode):
         raise BadPosition(f"{target.name}: its positions select no token of this batch. Choose others.")
-    ordered = resolved.sort(1).values
-    if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
+    ordered = np.sort(columns, axis=1)
+    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
         raise BadPosition(f"{target.name}: its positions name one token twice. Name each once.")
     return resolved
 
@@ -288,16 +293,16 @@ def _select(target: Target, prompt_columns: Tensor, current: Pass, device: torch
     stop, turn = current.stop, current.prompt_length
     decoding = range(max(turn, current.start), stop) if target.decode else range(0)
     chosen = [column for column in decoding if target.positions.decodes(column - turn)]
-    columns = prompt_columns.repeat_interleave(current.rows // len(prompt_columns), 0)
+    columns = prompt_columns.numpy().repeat(current.rows // len(prompt_columns), 0)
     valid = (columns >= current.start) & (columns < min(stop, turn))
-    if not target.prompt or not bool(valid.any()):
+    if not target.prompt or not valid.any():
         columns, valid = columns[:, :0], valid[:, :0]
     if chosen:
-        extra = torch.tensor(chosen).expand(current.rows, -1)
-        columns, valid = torch.cat([columns, extra], 1), torch.cat([valid, torch.ones_like(extra).bool()], 1)
+        extra = np.tile(np.array(chosen), (current.rows, 1))
+        columns, valid = np.concatenate([columns, extra], 1), np.concatenate([valid, extra >= 0], 1)
     if not columns.shape[1]:
         return None
-    if current.length == 1 and columns.shape[1] == 1 and bool(valid.all()):
+    if current.length == 1 and columns.shape[1] == 1 and valid.all():
         return Selection(dense=True, tokens=current.rows)  # a decode step: its only column, nothing to index
     return _indexed(columns - current.start, valid, device)
 
@@ -355,19 +360,22 @@ def _check_expected(target: Target, resolved: Tensor) -> None:
     )
 
 
-def _indexed(local: Tensor, valid: Tensor, device: torch.device) -> Selection:
+def _indexed(local: npt.NDArray[np.int64], valid: npt.NDArray[np.bool_], device: torch.device) -> Selection:
     """Return the selection of columns `local` (B, P) of this pass; slots that are not `valid` are read but not kept."""
-    rows = torch.arange(len(local))[:, None].to(device)
-    columns = torch.where(valid, local, torch.zeros_like(local))
-    if bool(valid.all()):
-        return Selection(False, rows=rows, columns=columns.to(device), tokens=columns.numel())
-    at, slots = valid.nonzero(as_tuple=True)
+
+    def put(array: npt.NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    rows, columns = np.arange(len(local))[:, None], np.where(valid, local, 0)
+    if valid.all():
+        return Selection(False, rows=put(rows), columns=put(columns), tokens=columns.size)
+    at, slots = valid.nonzero()
     return Selection(
         False,
-        rows=rows,
-        columns=columns.to(device),
-        valid=valid.to(device),
-        kept=(at.to(device), slots.to(device), columns[at, slots].to(device)),
+        rows=put(rows),
+        columns=put(columns),
+        valid=put(valid),
+        kept=(put(at), put(slots), put(columns[at, slots])),
         tokens=len(at),
     )
 

@@ -9,10 +9,12 @@ means them too. Selectors that look at the tokens' content are in `content`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -97,20 +99,24 @@ class AllTokens(Positions):
         return True
 
 
-def _pick(real: Tensor, wanted: Tensor, name: str) -> Tensor:
-    """Return the columns of the `wanted` (B, P) real tokens, negative counting from the end."""
-    counts = real.sum(1, keepdim=True)
-    slots = torch.where(wanted < 0, counts + wanted, wanted)
+def _pick(real: Tensor, wanted: npt.NDArray[np.int64], name: str) -> Tensor:
+    """Return the columns of the `wanted` (B, P) real tokens, negative counting from the end.
+
+    In numpy, like everything that is done once per pass on the CPU: it costs no tensor operations.
+    """
+    present = real.numpy()
+    counts = present.sum(1, keepdims=True)
+    slots = np.where(wanted < 0, counts + wanted, wanted)
     bad = (slots < 0) | (slots >= counts)
-    if bool(bad.any()):
-        row, slot = (int(index) for index in bad.nonzero()[0])
-        count = int(counts[row])
+    if bad.any():
+        row, slot = (int(index) for index in np.argwhere(bad)[0])
+        count = int(counts[row, 0])
         raise BadPosition(
             f"{name}: position {int(wanted[row, slot])} was asked of example {row}, which has {count} tokens "
             f"(padding is not counted). Use {-count} to {count - 1}."
         )
-    order = torch.argsort((~real).to(torch.int8), dim=1, stable=True)
-    return order.gather(1, slots)
+    order = np.argsort(~present, axis=1, kind="stable")
+    return torch.from_numpy(np.take_along_axis(order, slots, 1).astype(np.int64))
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ class LastToken(Positions):
 
     def resolve(self, inputs: Inputs) -> Tensor:
         real = real_tokens(inputs)
-        return _pick(real, torch.full((len(real), 1), -1), "LastToken()")
+        return _pick(real, np.full((len(real), 1), -1), "LastToken()")
 
     def decodes(self, step: int) -> bool:
         return True
@@ -131,13 +137,28 @@ class LastToken(Positions):
 
 @dataclass(frozen=True)
 class First(Positions):
-    """The first `count` real tokens."""
+    """The first `count` real tokens.
+
+    Raises:
+        BadPosition: `count` is below 1; on resolving, an example has fewer tokens.
+    """
 
     count: int = 1
 
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise BadPosition(f"{self}: selects no token. Give a count of at least 1.")
+
     def resolve(self, inputs: Inputs) -> Tensor:
         real = real_tokens(inputs)
-        return _pick(real, torch.arange(self.count).expand(len(real), -1), repr(self))
+        return _pick(real, np.tile(np.arange(self.count), (len(real), 1)), repr(self))
+
+
+def _whole(value: Any) -> int:
+    """Return `value` as an int, refusing what int() would bend into one: True is no position, and 1.7 not token 1."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise BadPosition(f"At: {value!r} is no whole number. Count tokens, or use Mask for a true/false per column.")
+    return int(value)
 
 
 @dataclass(frozen=True, init=False)
@@ -147,8 +168,8 @@ class At(Positions):
     Negative numbers count from the last real token. Rows must be of one length.
 
     Raises:
-        BadPosition: no position is given, or the rows are ragged; on resolving, a position beyond an example's tokens
-            or rows that are not as many as the batch.
+        BadPosition: no position is given, one is no whole number, or the rows are ragged; on resolving, a position
+            beyond an example's tokens or rows that are not as many as the batch.
     """
 
     indices: tuple[int, ...] | tuple[tuple[int, ...], ...]
@@ -157,9 +178,9 @@ class At(Positions):
         given: Any = indices[0] if len(indices) == 1 else indices
         if isinstance(given, Tensor):
             given = given.tolist()
-        if isinstance(given, int):
+        if not isinstance(given, Iterable):
             given = (given,)
-        rows: Any = tuple(tuple(int(i) for i in row) if isinstance(row, Sequence) else int(row) for row in given)
+        rows: Any = tuple(tuple(map(_whole, row)) if isinstance(row, Sequence) else _whole(row) for row in given)
         self._check(rows)
         object.__setattr__(self, "indices", rows)
 
@@ -176,15 +197,15 @@ class At(Positions):
 
     def resolve(self, inputs: Inputs) -> Tensor:
         real = real_tokens(inputs)
-        wanted = torch.tensor(self.indices, dtype=torch.int64)
-        if wanted.dim() == 1:
-            wanted = wanted.expand(len(real), -1)
+        wanted = np.array(self.indices, dtype=np.int64)
+        if wanted.ndim == 1:
+            wanted = np.tile(wanted, (len(real), 1))
         if len(wanted) != len(real):
             if len(real) % len(wanted):
                 raise BadPosition(
                     f"At with {len(wanted)} rows: the batch has {len(real)} examples. Give one row per example."
                 )
-            wanted = wanted.repeat_interleave(len(real) // len(wanted), 0)  # beams; intervene() proves that they are
+            wanted = wanted.repeat(len(real) // len(wanted), 0)  # beams; intervene() proves that they are
         return _pick(real, wanted, "At")
 
     @property
@@ -223,10 +244,20 @@ class Mask(Positions):
     """The columns where `selected` (B, S) is true, in the batch as given, padding included in the count of columns.
 
     Raises:
-        BadPosition: the shape is not the batch's, nothing is selected, or a selected column is padding.
+        BadPosition: it is no tensor of true/false or 0/1; on resolving, the shape is not the batch's, nothing is
+            selected, or a selected column is padding.
     """
 
     selected: Tensor
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.selected, Tensor):
+            raise BadPosition(f"Mask: a bool tensor (B, S) is needed, found a {type(self.selected).__name__}.")
+        given = self.selected
+        if given.dtype != torch.bool and not bool(((given == 0) | (given == 1)).all()):
+            raise BadPosition(
+                f"Mask of {given.dtype}: it holds more than 0 and 1. Compare first (scores > 0.5), or use At."
+            )
 
     def resolve(self, inputs: Inputs) -> Tensor:
         real = real_tokens(inputs)

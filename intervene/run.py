@@ -17,7 +17,7 @@ from intervene.applied import Applied, Recorder
 from intervene.block import Batch, Block, check_axes
 from intervene.captured import Captured, Sources
 from intervene.errors import NotApplied, ShapeMismatch
-from intervene.families import fingerprint, resolve
+from intervene.families import fingerprint, located_once, resolve
 from intervene.firing import Firing, Reader, Stop
 from intervene.hooks import watch_tap
 from intervene.interventions import Bound, Plan, bind
@@ -48,13 +48,14 @@ def intervene(
         NotApplied: on leaving, if some intervention touched no token. All of `bind`'s errors before any hook exists;
         BadPosition, ShapeMismatch, AmbiguousForward during the forward pass they concern.
     """
-    bounds = bind(model, plan)
-    for bound in bounds:
-        check_axes(model, bound.tap)
-    checked = _checked_sources(bounds, sources)
-    recorders = [Recorder(bound) for bound in bounds]
-    valid = sources.valid if isinstance(sources, Sources) else [None] * len(bounds)
-    block = Block(model, [_target(*parts) for parts in zip(bounds, checked, valid, strict=True)], prompt)
+    with located_once():
+        bounds = bind(model, plan)
+        for bound in bounds:
+            check_axes(model, bound.tap)
+        checked = _checked_sources(bounds, sources)
+        recorders = [Recorder(bound) for bound in bounds]
+        valid = sources.valid if isinstance(sources, Sources) else [None] * len(bounds)
+        block = Block(model, [_target(*parts) for parts in zip(bounds, checked, valid, strict=True)], prompt)
     with ExitStack() as stack:
         block.enter(stack)
         for number, bound in enumerate(bounds):
@@ -138,25 +139,26 @@ def capture(
     where = list(positions) if isinstance(positions, Sequence) else [positions] * len(wanted)
     if len(where) != len(wanted):
         raise ShapeMismatch(f"Capture of {len(wanted)} sites: {len(where)} positions. Give one for all or one each.")
-    taps = [resolve(model, site) for site in wanted]
-    for tap in taps:
-        check_axes(model, tap)
-    resolved = [tap.site for tap in taps]
-    for site, tap in zip(wanted, taps, strict=True):
-        if resolved.count(tap.site) > 1:
-            raise ShapeMismatch(f"Capture of {site}: it is named twice. Name it once, or capture in nested blocks.")
-    targets = [
-        Target(
-            f"Capture at {site}",
-            AllTokens() if p is None else p,
-            dense=p is None,
-            padding=p is None,
-            rows=getattr(p, "rows", None),
-        )
-        for site, p in zip(wanted, where, strict=True)
-    ]
-    captured = Captured(wanted, resolved)
-    block = Block(model, targets, prompt)
+    with located_once():
+        taps = [resolve(model, site) for site in wanted]
+        for tap in taps:
+            check_axes(model, tap)
+        resolved = [tap.site for tap in taps]
+        for site, tap in zip(wanted, taps, strict=True):
+            if resolved.count(tap.site) > 1:
+                raise ShapeMismatch(f"Capture of {site}: it is named twice. Name it once, or capture in nested blocks.")
+        targets = [
+            Target(
+                f"Capture at {site}",
+                AllTokens() if p is None else p,
+                dense=p is None,
+                padding=p is None,
+                rows=getattr(p, "rows", None),
+            )
+            for site, p in zip(wanted, where, strict=True)
+        ]
+        captured = Captured(wanted, resolved)
+        block = Block(model, targets, prompt)
     with ExitStack() as stack:
         block.enter(stack)
         for number, (site, tap) in enumerate(zip(wanted, taps, strict=True)):
@@ -172,6 +174,7 @@ def capture(
             )
 
 
+@located_once()
 def collect_sources(model: nn.Module, plan: Plan, source: Batch | Sequence[Batch | None]) -> Sources:
     """Return what `plan` needs of the source run: one truncated forward per distinct source batch, without gradient.
 
@@ -225,6 +228,7 @@ def _captured(model: nn.Module, group: list[tuple[Site, Positions]], batch: Batc
     return acts
 
 
+@located_once()
 def interchange(model: nn.Module, plan: Plan, base: Batch, source: Batch | Sequence[Batch | None]) -> Any:
     """Return the model's output on `base` with `plan` applied, its sources taken from running `source`.
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from intervene.errors import ShapeMismatch, UnsupportedModel
-from intervene.families import Located, locate
+from intervene.families import Located, locate, located_once
 from intervene.hooks import watch_call
 from intervene.interventions import Plan
 from intervene.run import capture, intervene
@@ -136,6 +136,7 @@ def call_inputs(model: nn.Module, inputs: Mapping[str, Any], start: int = 0) -> 
     return call
 
 
+@located_once()
 def prefix_of(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[int]) -> Prefix:
     """Return the prefix of left-padded `inputs` (input_ids, attention_mask (B, S), marks), keeping blocks `layers`.
 
@@ -223,6 +224,7 @@ def first_block(plan: Plan, n_layers: int) -> int:
     return min(ends)
 
 
+@located_once()
 def suffix_logits(model: nn.Module, plan: Plan, sources: Sequence[Tensor | None], prefix: Prefix) -> Tensor:
     """Return (B, V): logits at the last column with `plan` applied, equal to the full pass, gradient to the plan.
 
