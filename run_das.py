@@ -26,7 +26,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from alignments.config import HELP, ConfigError, RunDas, describe, load_config
+from alignments.config import HELP, ConfigError, RunDas, describe, load_config, with_derived
 from alignments.fit import predict
 from alignments.metrics import NoVerdict, SeedMean, mean_over_seeds, verdict
 from alignments.pairs import encode
@@ -34,9 +34,13 @@ from alignments.problem import (
     EQUALITY,
     SAMPLE,
     Problem,
+    check_rank,
+    draw_text,
+    equality_network,
     prepare_equality,
     prepare_text,
     resolve_config,
+    resolve_device,
     sizes,
     task_defaults,
     text_positions,
@@ -114,12 +118,14 @@ def main(
 
 def run(config: RunDas) -> None:
     """Run one search, or with `dry_run` only check and print it."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    if config.threads is None:
+        config = with_derived(config, threads=torch.get_num_threads())
+    torch.set_num_threads(config.threads or 1)
     if config.dry_run:
         dry_run(config)
         return
     assert config.out is not None
+    existed = config.out.exists()
     with RunRecord.create(config.out, config, resume=config.resume) as record:
         for note in record.notes:
             console.print(note, highlight=False)
@@ -128,9 +134,17 @@ def run(config: RunDas) -> None:
             console.print(f"report: {record.path('report.html')}", highlight=False)
             return
         begun = time.perf_counter()
-        problem = prepare(config)
+        try:
+            problem = prepare(config)
+        except (ConfigError, InterveneError, TaskError):
+            forget(record, existed)
+            raise
         prepared = time.perf_counter() - begun
-        record.note_environment(model_fingerprint=problem.fingerprint, device=str(config.device or "cpu"))
+        record.note_environment(
+            model_fingerprint=problem.fingerprint,
+            device=problem.config.device,
+            resolved={**problem.config.to_json(), "sources": dict(problem.config.sources)},
+        )
         search(problem, record)
         finish(problem, record)
         console.print(
@@ -138,6 +152,16 @@ def run(config: RunDas) -> None:
             f"report: {record.path('report.html')}",
             highlight=False,
         )
+
+
+def forget(record: RunRecord, existed: bool) -> None:
+    """Take back the start of a run that was refused before its first row, so that the mended command may use it."""
+    if record.finished():
+        return
+    for name in ("config.json", "environment.json", "metrics.jsonl"):
+        record.path(name).unlink(missing_ok=True)
+    if not existed:
+        record.directory.rmdir()
 
 
 def prepare(config: RunDas) -> Problem:
@@ -157,9 +181,9 @@ def prepare(config: RunDas) -> Problem:
 def load_text(config: RunDas) -> tuple[RunDas, torch.nn.Module, Any, Any]:
     """Return the resolved configuration, the loaded model, its tokenizer and the task."""
     task_named(config.task)  # a wrong name must not cost the loading of a model
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    console.print(f"loading {config.model} on {device}", highlight=False)
-    model, tokenizer = load_model(config.model, dtype=getattr(torch, config.dtype), device=device)
+    config = resolve_device(config)
+    console.print(f"loading {config.model} on {config.device}", highlight=False)
+    model, tokenizer = load_model(config.model, dtype=getattr(torch, config.dtype), device=str(config.device))
     task = text_task(config, tokenizer)
     marked = text_positions(task, config.variable or task.variables[0])
     resolved = resolve_config(config, locate(model).n_layers, task.variables, marked)
@@ -223,7 +247,7 @@ def finish(problem: Problem, record: RunRecord) -> None:
         record.path("report.html"),
         rows,
         config=problem.config,
-        environment=read_json(environment),
+        environment={name: value for name, value in read_json(environment).items() if name != "resolved"},
         lint=problem.lint,
     )
     print_table(rows)
@@ -265,17 +289,16 @@ def shown(mean: SeedMean | None) -> str:
 def dry_run(config: RunDas) -> None:
     """Print the plan, the pair counts, the task accuracy on a few examples, and a cost estimate."""
     if config.task == EQUALITY:
-        console.print(describe(config), highlight=False)
+        console.print(describe(equality_network(config)[0]), highlight=False)
         console.print("plan: train an MLP (about 10 s), then search its layers; pairs: " + str(sizes(config)))
         return
     config, model, tokenizer, task = load_text(config)
     console.print(describe(config), highlight=False)
     assert config.positions is not None and isinstance(config.layers, tuple) and config.variable is not None
-    cells = [
-        cell
-        for layer in config.layers
-        for cell in cells_of([Site("block_output", layer)], config.positions, config.methods, config.rank)
-    ]
+    sites = [Site("block_output", layer) for layer in config.layers]
+    check_rank(config, model, sites)
+    draw_text(config, task)
+    cells = cells_of(sites, config.positions, config.methods, config.rank)
     learned = sum(cell.rank is not None for cell in cells)
     pairs = task.pairs("train", variable=config.variable, n=max(SAMPLE, 2))
     examples = [pair.base for pair in pairs]

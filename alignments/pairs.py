@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from intervene import AllTokens, Intervention, Plan, Sources, capture, intervene
 from intervene.errors import BadPosition, ShapeMismatch
+from intervene.families import resolve
 from intervene.marked import Marked
 from intervene.sites import Site
 from intervene.suffix import Prefix, call_inputs, join, positions_of, prefix_of, suffix_logits
@@ -108,7 +109,7 @@ class LanguagePairs:
         tokenizer: Any,
         pairs: Sequence[Pair],
         *,
-        sites: Sequence[Site],
+        sites: Sequence[Site | str],
         positions: Sequence[str],
         batch_size: int = 32,
         kinds: Sequence[str] = (),
@@ -116,14 +117,15 @@ class LanguagePairs:
     ) -> None:
         if not len(pairs):
             raise ShapeMismatch("LanguagePairs: no pairs were given. Draw at least one.")
-        other = [str(site) for site in sites if site.component != "block_output"]
+        parsed = [Site.parse(site) for site in sites]
+        other = [str(site) for site in parsed if site.component != "block_output"]
         if other:
             raise ShapeMismatch(
                 f"Sites {', '.join(other)}: the search keeps block_output only. Name block_output sites."
             )
         self.model = model
         self.kinds: Sequence[str] = tuple(kinds)
-        self.sites = tuple(sites)
+        self.sites = tuple(resolve(model, site).site for site in parsed)
         device = next(model.parameters()).device
         base = encode(tokenizer, [pair.base for pair in pairs], positions, device)
         source = encode(tokenizer, [pair.source for pair in pairs], positions, device)
@@ -176,9 +178,22 @@ class LanguagePairs:
         return measured if self.prefix.exact else f"{measured}: too far, so every pass is a full one (slower)"
 
     def logits(self, plan: Plan, rows: Tensor) -> Tensor:
-        """Return (b, V) under `plan`, whose interventions are on `Marked` positions of the kept sites."""
-        sources = [self.streams[item.site, _marked(item)][rows] for item in plan]
+        """Return (b, V) under `plan`, whose sources are read at `Marked` positions of the kept sites.
+
+        Raises:
+            BadPosition: a source is asked for that was not kept.
+        """
+        sources = [self._source(item)[rows] if item.edit.needs_source else None for item in plan]
         return suffix_logits(self.model, plan, sources, self.prefix.rows(rows))
+
+    def _source(self, item: Intervention) -> Tensor:
+        """Return the sources' activations (N, 1, D) that `item` reads."""
+        site = item.site if item.site in self.sites else resolve(self.model, item.site).site
+        found = self.streams.get((site, _marked(item)))
+        if found is None:
+            kept = ", ".join(f"{one} @ {name}" for one, name in self.streams)
+            raise BadPosition(f"{item}: these pairs keep only {kept}. Name its site and position when making them.")
+        return found
 
 
 def _tell(progress: Progress | None, done: int, total: int) -> None:
@@ -187,9 +202,10 @@ def _tell(progress: Progress | None, done: int, total: int) -> None:
 
 
 def _marked(item: Intervention) -> str:
-    if not isinstance(item.positions, Marked):
+    where = item.positions if item.source_positions is None else item.source_positions
+    if not isinstance(where, Marked):
         raise BadPosition(f"{item}: a search works on marked positions. Use Marked('<name>').")
-    return item.positions.name
+    return where.name
 
 
 class VectorPairs:
@@ -218,6 +234,9 @@ class VectorPairs:
 
     def _sources(self, plan: Plan, rows: Tensor) -> Sources:
         assert all(isinstance(item.positions, AllTokens) for item in plan)
-        with torch.no_grad(), capture(self.model, [item.site for item in plan], stop_after_last=True) as acts:
+        wanted = {item.site for item in plan if item.edit.needs_source}
+        if not wanted:
+            return Sources([None] * len(plan))
+        with torch.no_grad(), capture(self.model, list(wanted), stop_after_last=True) as acts:
             self.model(self.source[rows])
-        return Sources([acts[item.site] for item in plan])
+        return Sources([acts[item.site] if item.edit.needs_source else None for item in plan])

@@ -14,13 +14,15 @@ import torch
 from torch import nn
 
 from alignments.config import ConfigError, RunDas, resolve_layers, with_derived
+from alignments.methods import LEARNED
 from alignments.pairs import LanguagePairs, PairData, VectorPairs
 from alignments.search import Facts
 from intervene import AllTokens, Positions, Site, fingerprint
-from intervene.families import locate
+from intervene.errors import asked_found_do
+from intervene.families import locate, resolve
 from intervene.marked import Marked
 from intervene.networks import MLP, train_classifier
-from tasks import HierarchicalEquality, Task, inspect, task_named
+from tasks import HierarchicalEquality, PairReport, PairSet, Task, inspect, task_named
 
 EQUALITY = HierarchicalEquality.name
 SPLITS = ("train", "select", "test")
@@ -36,6 +38,8 @@ EQUALITY_DEFAULTS: dict[str, Any] = {
     "steps": 600,
     "lr": 0.01,
 }
+# It runs on its own network, on the CPU: asking for another must not be passed over in silence.
+EQUALITY_FIXED = {"model": "mlp", "device": "cpu", "dtype": "float32"}
 SAMPLE = 32  # examples on which a dry run measures task accuracy and speed
 
 Report = Callable[[str, int, int], None]  # what is being done, how many of how many
@@ -59,9 +63,19 @@ class Problem:
 
 
 def task_defaults(config: RunDas) -> RunDas:
-    """Return `config` with the defaults of its task where the user gave nothing."""
+    """Return `config` with the defaults of its task where the user gave nothing.
+
+    Raises:
+        ConfigError: a value was given that the task would not use.
+    """
     if config.task != EQUALITY:
         return config
+    for key, fixed in EQUALITY_FIXED.items():
+        value = getattr(config, key)
+        if config.sources.get(key, "default") != "default" and value != fixed:
+            do = f"Leave {key} out, or choose another task."
+            found = f"{EQUALITY} trains a small network of its own, with {key} {fixed}."
+            raise ConfigError(asked_found_do(f"{key} {value}", found, do))
     changed = {key: value for key, value in EQUALITY_DEFAULTS.items() if config.sources.get(key) == "default"}
     return replace(config, **changed, sources={**config.sources, **dict.fromkeys(changed, f"default of {EQUALITY}")})
 
@@ -94,6 +108,55 @@ def resolve_config(config: RunDas, n_layers: int, variables: Sequence[str], posi
     return config
 
 
+def resolve_device(config: RunDas) -> RunDas:
+    """Return `config` with a device that this machine has: the given one, else cuda where there is one, else cpu.
+
+    Raises:
+        ConfigError: torch cannot use the given one here.
+    """
+    if config.device is None:
+        return with_derived(config, device="cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:  # no such kind of device; torch built without it
+        reason = str(error).splitlines()[0].rstrip(".")
+        do = "Use cpu, or cuda where there is one."
+        raise ConfigError(asked_found_do(f"device {config.device}", f"{reason}.", do)) from None
+    return config
+
+
+def check_rank(config: RunDas, model: nn.Module, sites: Sequence[Site]) -> None:
+    """Refuse a rank above the width of some site, before any work.
+
+    Raises:
+        ConfigError: naming the first such site.
+    """
+    if not LEARNED & set(config.methods):
+        return
+    for site in sites:
+        width = resolve(model, site).width
+        if width is not None and config.rank > width:
+            do = f"Choose 1 to {width}."
+            raise ConfigError(asked_found_do(f"rank {config.rank}", f"{site} is {width} wide.", do))
+
+
+def draw_text(config: RunDas, task: Task) -> dict[str, tuple[PairSet, PairReport]]:
+    """Return split -> its pairs, and what the task's own check says of them; all splits, before the model runs.
+
+    Raises:
+        ConfigError: a pair is wrong. NotEnough: a split does not hold as many distinct pairs.
+    """
+    assert config.variable is not None
+    drawn: dict[str, tuple[PairSet, PairReport]] = {}
+    for split, n in sizes(config).items():
+        pairs = task.pairs(split, variable=config.variable, n=n)
+        found = inspect(task, pairs)
+        if found.problems:
+            raise ConfigError(f"Task {task.name}, {split}: {len(found.problems)} bad pairs. First: {found.problems[0]}")
+        drawn[split] = pairs, found
+    return drawn
+
+
 def text_task(config: RunDas, tokenizer: Any) -> Task:
     """Return the task of `config`, restricted to what `tokenizer` can tell apart."""
     return task_named(config.task).for_tokenizer(tokenizer)
@@ -109,15 +172,13 @@ def prepare_text(config: RunDas, model: nn.Module, tokenizer: Any, task: Task, r
     """Return the problem of a resolved `config` on a language model: draws, checks and runs all pairs once."""
     assert config.variable is not None and config.positions is not None and isinstance(config.layers, tuple)
     sites = [Site("block_output", layer) for layer in config.layers]
+    check_rank(config, model, sites)
     splits: dict[str, PairData] = {}
     baselines: dict[str, dict[str, float]] = {}
     accuracy: dict[str, float | None] = {}
     lint: dict[str, Any] = {}
-    for split, n in sizes(config).items():
-        pairs = task.pairs(split, variable=config.variable, n=n)
-        found = inspect(task, pairs)
-        if found.problems:
-            raise ConfigError(f"Task {task.name}, {split}: {len(found.problems)} bad pairs. First: {found.problems[0]}")
+    drawn = draw_text(config, task)
+    for split, (pairs, found) in drawn.items():
         baselines[split] = dict(found.baselines)
         data = LanguagePairs(
             model,
@@ -143,18 +204,32 @@ def prepare_text(config: RunDas, model: nn.Module, tokenizer: Any, task: Task, r
     facts = Facts(task.name, config.model, config.variable, baselines, accuracy)
     examples = [
         {"base": pair.base.prompt, "source": pair.source.prompt, "label": pair.label, "kind": task.kind(pair)}
-        for pair in pairs
-    ]  # of test, the last split prepared
+        for pair in drawn["test"][0]
+    ]
     return Problem(
         config, model, splits, Marked, sites, facts, lint, fingerprint(model), examples=examples, tokenizer=tokenizer
     )
 
 
-def prepare_equality(config: RunDas, report: Report) -> Problem:
-    """Return hierarchical equality on an MLP trained here (16-16-16-16-2), with a random one as control."""
+def equality_network(config: RunDas) -> tuple[RunDas, HierarchicalEquality, MLP, list[Site]]:
+    """Return the resolved `config`, the task, its untrained network (16-16-16-16-2), and the sites to search.
+
+    Raises:
+        ConfigError: see `resolve_config` and `check_rank`.
+    """
     task = HierarchicalEquality()
     model = MLP(4 * task.width, 16, 3, 2, seed=0)
     config = resolve_config(config, locate(model).n_layers, task.variables, ("input",))
+    config = config if config.device is not None else with_derived(config, device="cpu")
+    assert isinstance(config.layers, tuple)
+    sites = [Site("block_output", layer) for layer in config.layers]
+    check_rank(config, model, sites)
+    return config, task, model, sites
+
+
+def prepare_equality(config: RunDas, report: Report) -> Problem:
+    """Return hierarchical equality on an MLP trained here, with a random one as control."""
+    config, task, model, sites = equality_network(config)
     report("training the MLP", 0, 1)
     train = task.examples("train", n=int(MLP_TRAINING["examples"]))
     train_classifier(
@@ -166,7 +241,7 @@ def prepare_equality(config: RunDas, report: Report) -> Problem:
         lr=MLP_TRAINING["lr"],
     )
     report("training the MLP", 1, 1)
-    assert config.variable is not None and isinstance(config.layers, tuple)
+    assert config.variable is not None
     arrays = {split: task.pairs(split, variables=[config.variable], n=n) for split, n in sizes(config).items()}
 
     def on(network: nn.Module) -> dict[str, PairData]:
@@ -202,7 +277,7 @@ def prepare_equality(config: RunDas, report: Report) -> Problem:
         model,
         on(model),
         lambda name: AllTokens(),
-        [Site("block_output", layer) for layer in config.layers],
+        sites,
         facts,
         lint,
         fingerprint(model),

@@ -1,10 +1,11 @@
 """The folder of one run: `RunRecord` writes it so that a kill at any moment costs at most the row being written.
 
-    config.json        the resolved configuration
-    environment.json   commit, versions, device, model fingerprint, data digests, argv; one entry per resumption
+    config.json        the configuration as it was asked for, null where a value is derived; what --resume compares
+    environment.json   commit, versions, device, model fingerprint, argv, and under "resolved" the configuration with
+                       every value derived and its source; one entry per resumption
     metrics.jsonl      one row per line, append-only, on disk before `append` returns
     result.json        the numbers, written once, last
-    (plan.json, report.html and others are written by those who own them, at `record.path(name)`)
+    (plan/, report.html and others are written by those who own them, at `record.path(name)`)
 
 Everything that can be refused is refused by `create`, before any work: a folder that holds another run, a path that is
 a file, a place that cannot be written, another process that is writing there.
@@ -57,7 +58,7 @@ class RunRecord:
     def create(cls, directory: str | Path, config: Any, *, resume: bool = False) -> RunRecord:
         """Return the record of a new run in `directory`, or with `resume` of the run that is there.
 
-        `config` is the resolved configuration: a mapping, a dataclass, or anything with `to_json()`. A missing or
+        `config` is what was asked for: a mapping, a dataclass, or anything with `to_json()`. A missing or
         empty folder starts a new run in either case, so that a job that always resumes can be queued again.
 
         Raises:

@@ -170,6 +170,8 @@ def _heatmap_section(means: Sequence[SeedMean], per_method: Sequence[Verdict], f
     chosen = {(one.reported.cell.method, one.reported.cell.rank): one.reported for one in per_method}
     drawn: list[str] = []
     for (method, rank, kind), group in grouped.items():
+        if group[0].is_control and len(group) == 1:
+            continue  # no map: the comparison below shows it
         name = f"figure-{len(figures)}"
         best = chosen.get((method, rank))
         figures[name] = heatmap(group, best if best is not None and kind_of_site(best) == kind else None)

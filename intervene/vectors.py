@@ -6,7 +6,7 @@ value that knows which model, site and tokens it came from, so that applying it 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,9 +24,11 @@ def checked_vector(vector: Tensor, *, allow_zero: bool = False, name: str = "vec
     """Return `vector` if it is finite and not zero, with 1, 2 or 3 axes.
 
     Raises:
-        BadVector: NaN, infinite, or (unless `allow_zero`) all zero in some row.
+        BadVector: no tensor, NaN, infinite, or (unless `allow_zero`) all zero in some row.
         ShapeMismatch: more than three axes or none.
     """
+    if not isinstance(vector, Tensor):
+        raise BadVector(f"{name}: a {type(vector).__name__} is no tensor. Wrap it: torch.tensor(...).")
     if not 1 <= vector.dim() <= 3:
         raise ShapeMismatch(f"{name}: a vector of shape {tuple(vector.shape)}. Give (D,), (B, D) or (B, P, D).")
     if not bool(torch.isfinite(vector).all()):
@@ -52,7 +54,7 @@ class SteeringVector:
     strength as a fraction of the stream.
     """
 
-    vector: Tensor
+    vector: Tensor = field(repr=False)  # its hundreds of numbers would hide the rest
     site: Site
     fingerprint: str
     method: str

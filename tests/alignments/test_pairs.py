@@ -7,7 +7,7 @@ import torch
 
 from alignments import LanguagePairs
 from alignments.pairs import encode
-from intervene import BadPosition, Intervention, LastToken, ShapeMismatch, Site, Subspace, Swap, interchange
+from intervene import BadPosition, Intervention, LastToken, Set, ShapeMismatch, Site, Subspace, Swap, interchange
 from intervene.content import Match
 from intervene.marked import Marked
 from intervene.suffix import positions_of
@@ -82,3 +82,29 @@ def test_other_sites_and_no_pairs_are_refused():
         LanguagePairs(model, tokenizer, pairs(), sites=[Site("mlp_output", 0)], positions=["last"])
     with pytest.raises(ShapeMismatch, match="no pairs were given"):
         LanguagePairs(model, tokenizer, [], sites=[Site("block_output", 0)], positions=["last"])
+
+
+def test_the_source_is_read_at_its_own_position_and_only_where_the_edit_needs_one():
+    model, tokenizer, site = tiny_model("llama"), toy_tokenizer(), Site("block_output", 1)
+    names = ["subject2", "last"]
+    data = LanguagePairs(model, tokenizer, pairs(), sites=["L-1.block_output", site], positions=names)
+    moved = Intervention(site, Swap(), Marked("last"), source_positions=Marked("subject2"))
+    rows = torch.arange(2)
+    expected = Intervention(site, Set(data.streams[site, "subject2"]), Marked("last"))
+    torch.testing.assert_close(data.logits([moved], rows), data.logits([expected], rows), atol=1e-6, rtol=0)
+    straight = data.logits([Intervention(site, Swap(), Marked("last"))], rows)
+    assert not torch.allclose(data.logits([moved], rows), straight, atol=1e-3)
+    last = Site("block_output", len(model.model.layers) - 1)
+    assert data.sites == (last, site)  # negative layers count from the end here too
+    torch.testing.assert_close(
+        data.logits([Intervention("L-1.block_output", Swap(), Marked("last"))], rows),
+        data.logits([Intervention(last, Swap(), Marked("last"))], rows),
+    )
+
+
+def test_a_source_that_was_not_kept_names_those_that_were():
+    model, tokenizer = tiny_model("llama"), toy_tokenizer()
+    data = LanguagePairs(model, tokenizer, pairs(), sites=["L1.block_output"], positions=["last"])
+    for site, where in (("L0.block_output", "last"), ("L1.block_output", "lst")):
+        with pytest.raises(BadPosition, match=r"these pairs keep only L1\.block_output @ last\. Name"):
+            data.logits([Intervention(site, Swap(), Marked(where))], torch.arange(2))

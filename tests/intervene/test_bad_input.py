@@ -131,6 +131,27 @@ def test_a_mask_over_padding_or_of_another_shape(model):
     refused(model, [Intervention(SITE, Zero(), mask)], BadPosition, r"shape \(2, 6\): the batch is \(2, 7\)")
 
 
+@pytest.mark.parametrize("indices", [[1.7], 1.5, [True, False], torch.tensor([[False, True]]), torch.tensor([0.5])])
+def test_positions_that_would_be_bent_into_whole_numbers(indices):
+    with pytest.raises(BadPosition, match=r"At: .* is no whole number\. Count tokens, or use Mask"):
+        At(indices)
+
+
+def test_masks_that_are_scores_or_columns():
+    for given in (torch.full((2, 7), 0.01), torch.tensor([[0, 3], [1, 2]])):
+        with pytest.raises(BadPosition, match=r"holds more than 0 and 1\. Compare first"):
+            Mask(given)
+    with pytest.raises(BadPosition, match=r"a bool tensor \(B, S\) is needed, found a list"):
+        Mask([[True, False]])
+    with pytest.raises(BadPosition, match=r"First\(count=-1\): selects no token"):
+        First(-1)
+
+
+def test_vectors_that_are_no_tensors():
+    with pytest.raises(BadVector, match=r"Add: a list is no tensor\. Wrap it"):
+        Add([1.0, 2.0])
+
+
 def test_a_match_that_is_not_there(model):
     batch = {"input_ids": torch.tensor([[5, 6, 7], [5, 8, 7]])}
     plan = [Intervention(SITE, Zero(), Match([5, 6]))]

@@ -57,6 +57,11 @@ def test_a_run_leaves_one_folder_with_everything(tmp_path):
         "control:random_subspace",
         "control:random_model",
     }
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["device"] == "cpu"
+    resolved = environment["resolved"]
+    assert resolved["layers"] == [0, 1, 2] and resolved["sources"]["layers"] == "derived"
+    assert resolved["n_train"] == 512 and resolved["sources"]["n_train"] == "flag"
     refused = das(*EQUALITY, "--out", folder)
     assert refused.returncode == 2 and "--resume" in refused.stdout
     again = das(*EQUALITY, "--out", folder, "--resume")
@@ -98,6 +103,10 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
         (["--task", "hierarchical_equality", "--variable", "left"], "it has no variable 'left'"),
         (["--task", "hierarchical_equality", "--set", "rnak=4"], "rank"),
         (["--task", "hierarchical_equality", "--config", "missing.yaml"], "cannot be read"),
+        (["--task", "hierarchical_equality", "--rank", "17"], "rank 17: L0.block_output is 16 wide"),
+        (["--task", "hierarchical_equality", "--model", "gpt2"], "model gpt2: hierarchical_equality trains a small"),
+        (["--task", "hierarchical_equality", "--device", "cuda"], "Leave device out"),
+        (["--task", "ioi", "--device", "foo"], "Use cpu, or cuda where there is one"),
     ],
 )
 def test_bad_input_is_answered_in_one_line_and_leaves_no_folder(arguments, text, tmp_path):
@@ -105,7 +114,18 @@ def test_bad_input_is_answered_in_one_line_and_leaves_no_folder(arguments, text,
     assert done.exit_code == 2
     assert text in " ".join(done.output.split()), done.output
     assert "Traceback" not in done.output
-    assert not (tmp_path / "run" / "metrics.jsonl").exists() or not rows(tmp_path / "run")
+    assert not (tmp_path / "run").exists()  # else the mended command would be refused
+
+
+def test_a_refused_start_leaves_a_folder_of_the_users_empty(tmp_path):
+    (tmp_path / "run").mkdir()
+    assert quick(*EQUALITY, "--layers", "7", "--out", tmp_path / "run").exit_code == 2
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_dry_run_checks_what_the_run_would_refuse(tmp_path):
+    done = quick(*EQUALITY, "--layers", "7", "--dry_run", "--out", tmp_path / "run")
+    assert done.exit_code == 2 and "this model has layers 0-2" in " ".join(done.output.split())
 
 
 def test_an_output_path_that_is_a_file_is_refused_before_any_work(tmp_path):
