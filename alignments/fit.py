@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from alignments.metrics import wilson
 from alignments.pairs import PairData
 from intervene import Plan, frozen, trainable_parameters
+from intervene.errors import ShapeMismatch
 from intervene.interventions import modules_of
 
 
@@ -48,11 +49,17 @@ def fit(
 
     Minimises cross-entropy with AdamW (no weight decay), a linear warm-up over the first `warmup` of the steps and a
     linear decay to zero, both counted in optimiser steps. Batches are drawn without replacement, reshuffled each epoch.
-    The model is frozen for the duration and its flags are restored. A plan with nothing to learn is left as it is.
+    The model is frozen for the duration and its flags are restored; the plan is left in eval mode, its gates hard. A
+    plan with nothing to learn is left as it is.
+
+    Raises:
+        ShapeMismatch: steps or batch_size below 1.
 
     Source: Geiger et al. 2023 (arXiv 2303.02536). We differ: a thin QR frame instead of a full rotation, and the last
     step's parameters are kept (no selection among checkpoints on data that is reported later).
     """
+    if steps < 1 or batch_size < 1:
+        raise ShapeMismatch(f"Fit of {steps} steps with {batch_size} pairs each: both must be at least 1.")
     parameters = trainable_parameters(plan)
     if not parameters:
         return FitResult(())
@@ -75,6 +82,8 @@ def fit(
             losses.append(float(loss.detach()))
             if progress is not None:
                 progress(step + 1, losses[-1])
+    for module in modules_of(plan):
+        module.eval()  # a plan is used as it is scored: with hard gates
     return FitResult(tuple(losses))
 
 

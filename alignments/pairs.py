@@ -94,8 +94,8 @@ def _mark(tokenizer: Any, example: Example, name: str) -> int:
 class LanguagePairs:
     """Pairs of prompts on a causal language model, with everything that no edit can change computed once.
 
-    Building it costs one full pass over the bases and one truncated pass over the sources. After that a training step
-    runs only the blocks above the site on the tokens from the edited position on.
+    Building it costs one full pass over the bases and one over the sources, whose own answers are scored too. After
+    that a training step runs only the blocks above the site on the tokens from the edited position on.
 
     Args:
         sites: residual-stream sites to search, block_output only; their stream is kept for bases and sources.
@@ -115,6 +115,8 @@ class LanguagePairs:
         kinds: Sequence[str] = (),
         progress: Progress | None = None,
     ) -> None:
+        if isinstance(positions, str):
+            raise ShapeMismatch(f"LanguagePairs: positions is the text {positions!r}. Write [{positions!r}].")
         if not len(pairs):
             raise ShapeMismatch("LanguagePairs: no pairs were given. Draw at least one.")
         parsed = [Site.parse(site) for site in sites]

@@ -127,6 +127,10 @@ class Add(_Constant):
     ) -> None:
         super().__init__(vector, trainable=trainable)
         self.relative = relative
+        if not isinstance(strength, (int, float, Tensor)):
+            raise ShapeMismatch(
+                f"Add: strength {strength!r} is no number. For one per example pass torch.tensor([...])."
+            )
         self.strength: float | None = None if isinstance(strength, Tensor) else float(strength)
         self.strengths: Tensor | None
         held = strength.detach().clone().to(self.vector.dtype) if isinstance(strength, Tensor) else None

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from intervene.conditions import Condition
 from intervene.edits import Edit
@@ -83,8 +83,10 @@ class Intervention:
         for name, kind in expected.items():
             value = getattr(self, name)
             if not isinstance(value, kind):
+                hint = " Write Add(tensor) or Set(tensor)." if name == "edit" and isinstance(value, Tensor) else ""
+                shown = f"a {type(value).__name__}" if isinstance(value, Tensor) else repr(value)
                 raise ShapeMismatch(
-                    f"Intervention at {self.site}: {name} must be a {kind.__name__}, found {value!r}. "
+                    f"Intervention at {self.site}: {name} is no {kind.__name__}, found {shown}.{hint} "
                     "See intervene.__all__ for those there are."
                 )
         if self.when is not None and not isinstance(self.when, Condition):
@@ -160,6 +162,9 @@ def bind(model: nn.Module, plan: Plan) -> list[Bound]:
     """
     if isinstance(plan, Intervention):
         raise TypeError("A plan is a sequence of interventions: found one Intervention. Write [intervention].")
+    for number, item in enumerate(plan):
+        if not isinstance(item, Intervention):
+            raise TypeError(f"A plan holds Interventions: item {number} is {item!r}. Write Intervention(site, edit).")
     return [_bind_one(model, item) for item in plan]
 
 

@@ -137,6 +137,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModel(f"Model: a torch module is needed, found {type(model).__name__}. Pass the model itself.")
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module

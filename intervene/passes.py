@@ -127,6 +127,10 @@ class Tracker:
         named = token_inputs(named)
         tokens, start = tokens_of(named), past_length(named)
         rows, length = int(tokens.shape[0]), int(tokens.shape[1])
+        if not rows or not length:
+            raise ShapeMismatch(
+                f"Forward pass on {rows} examples of {length} tokens: nothing to act on. Pass at least one token."
+            )
         session = self._session_of(named, rows, length, start)
         if rows % session.rows:
             raise ShapeMismatch(

@@ -285,6 +285,10 @@ class DecodeSteps(Positions):
     start: int = 0
     stop: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.start < 0 or (self.stop is not None and self.stop <= self.start):
+            raise BadPosition(f"{self}: it selects no step. Count generated tokens from 0, with start below stop.")
+
     def resolve(self, inputs: Inputs) -> Tensor:
         return torch.empty((len(real_tokens(inputs)), 0), dtype=torch.int64)
 

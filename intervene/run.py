@@ -93,6 +93,8 @@ def _as_tensor(source: Tensor | None, bound: Bound) -> Tensor | None:
 
 
 def _checked_sources(bounds: Sequence[Bound], sources: Sequence[Tensor | None] | None) -> list[Tensor | None]:
+    if isinstance(sources, Tensor):
+        raise ShapeMismatch("Sources: one tensor was given, not a list. Write [tensor], one per intervention.")
     given: list[Tensor | None] = [None] * len(bounds) if sources is None else list(sources)
     if len(given) != len(bounds):
         raise ShapeMismatch(
@@ -135,6 +137,9 @@ def capture(
     Raises:
         NotApplied: on leaving, if some site was never computed.
     """
+    if isinstance(positions, str) or not (isinstance(sites, (Site, str)) or len(sites)):
+        asked = f"positions {positions!r}" if isinstance(positions, str) else "no sites"
+        raise ShapeMismatch(f"Capture with {asked}: name at least one site, and positions as in LastToken() or At(3).")
     wanted = [Site.parse(site) for site in ([sites] if isinstance(sites, (Site, str)) else sites)]
     where = list(positions) if isinstance(positions, Sequence) else [positions] * len(wanted)
     if len(where) != len(wanted):
@@ -177,6 +182,8 @@ def capture(
 @located_once()
 def collect_sources(model: nn.Module, plan: Plan, source: Batch | Sequence[Batch | None]) -> Sources:
     """Return what `plan` needs of the source run: one truncated forward per distinct source batch, without gradient.
+
+    A batch is run again only where two interventions read one site at different positions.
 
     Args:
         source: one batch for all interventions, or one per intervention (None where it needs none); a batch that

@@ -108,6 +108,8 @@ class Site:
         """Return the site that `text` names; a Site is returned as it is."""
         if isinstance(text, Site):
             return text
+        if not isinstance(text, str):
+            raise InterveneError(f"Site {text!r}: a text or a Site is needed. Write e.g. 'L3.block_output'.")
         match = _TEXT.match(text.strip())
         if match is None:
             raise InterveneError(f"Site {text!r}: not understood. Write e.g. 'L3.mlp_output' or 'L3.head_output[2,5]'.")

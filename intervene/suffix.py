@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intervene.errors import ShapeMismatch, UnsupportedModel
+from intervene.errors import BadVector, ShapeMismatch, UnsupportedModel
 from intervene.families import Located, locate, located_once
 from intervene.hooks import watch_call
 from intervene.interventions import Plan
@@ -142,6 +142,7 @@ def prefix_of(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[int]
 
     Raises:
         ShapeMismatch: some example's last column is padding, where its answer would be scored.
+        BadVector: the model's own logits there are NaN or infinite.
     """
     from transformers import DynamicCache  # only language models come here
 
@@ -171,6 +172,11 @@ def _proved(model: nn.Module, prefix: Prefix) -> Prefix:
     """Return `prefix` with the difference between an unedited suffix and the full pass, on its first examples."""
     few = prefix.rows(torch.arange(min(2, len(prefix))))
     start = prefix.inputs["input_ids"].shape[1] // 2
+    if not bool(torch.isfinite(prefix.logits).all()):
+        raise BadVector(
+            "Prefix: the model's own logits are NaN or infinite, so no score would mean anything. "
+            "Check the weights and the dtype."
+        )
     difference = 0.0
     for layer in list(prefix.streams)[:: max(1, len(prefix.streams) - 1)]:
         with torch.no_grad():
@@ -232,9 +238,12 @@ def suffix_logits(model: nn.Module, plan: Plan, sources: Sequence[Tensor | None]
     the prefix is not `exact` or does not hold the block that is needed.
 
     Raises:
+        ShapeMismatch: the plan is empty.
         UnsupportedModel: the plan acts on tokens that are generated later, which a single pass has none of.
     """
     located = locate(model)
+    if not plan:
+        raise ShapeMismatch("Suffix: the plan holds no intervention. Give at least one.")
     if any(item.resolved_phase == "decode" for item in plan):
         raise UnsupportedModel("Suffix: an intervention of phase 'decode' has no tokens here. Use phase 'prompt'.")
     after = first_block(plan, located.n_layers)
@@ -245,5 +254,5 @@ def suffix_logits(model: nn.Module, plan: Plan, sources: Sequence[Tensor | None]
 
 
 def _first_column(plan: Plan, prefix: Prefix) -> int:
-    found = [item.positions.resolve(prefix.inputs) for item in plan]
-    return min(int(columns[columns >= 0].min()) for columns in found)
+    found = torch.cat([item.positions.resolve(prefix.inputs).flatten() for item in plan])
+    return int(found[found >= 0].min()) if bool((found >= 0).any()) else 0  # none: intervene() says which

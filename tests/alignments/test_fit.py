@@ -98,3 +98,17 @@ def test_scores_are_told_apart_by_kind():
     score = evaluate(nothing, pairs)  # an edit without effect: right exactly where the base's answer is
     assert score.kinds == {"different": 0.0, "same": 1.0}
     assert score.iia == pytest.approx(float(copies.float().mean()))
+
+
+def test_a_fitted_plan_is_left_as_it_is_scored():
+    model = planted_mlp()
+    edit = GatedSwap(WIDTH)
+    plan = [Intervention(SITE, edit, AllTokens(), Identity())]
+    fit(model, plan, planted_pairs(model, 64, 0), steps=3, batch_size=16)
+    assert not edit.training  # else intervene() would apply soft gates where evaluate() scored hard ones
+
+
+def test_no_steps_and_no_batch_are_refused():
+    model = planted_mlp()
+    with pytest.raises(ShapeMismatch, match=r"Fit of 0 steps with 16 pairs each: both must be at least 1"):
+        fit(model, das(), planted_pairs(model, 64, 0), steps=0, batch_size=16)

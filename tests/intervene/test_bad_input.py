@@ -337,7 +337,7 @@ def test_edits_of_users_that_break_their_contract(model, positions):
 
 
 def test_values_of_the_wrong_kind():
-    with pytest.raises(ShapeMismatch, match="positions must be a Positions, found 3"):
+    with pytest.raises(ShapeMismatch, match="positions is no Positions, found 3"):
         Intervention(SITE, Zero(), 3)
     with pytest.raises(BadPosition, match=r"phase 'answer'. Use 'prompt', 'decode' or 'both'"):
         Intervention(SITE, Zero(), phase="answer")

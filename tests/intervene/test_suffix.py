@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from intervene import Intervention, ShapeMismatch, Subspace, Swap, Zero, intervene
+from intervene import BadVector, Intervention, ShapeMismatch, Subspace, Swap, Zero, intervene
 from intervene.marked import Marked
 from intervene.suffix import call_inputs, first_block, positions_of, prefix_of, suffix_logits
 from tests.tiny import TINY, tiny_batch, tiny_model
@@ -125,3 +125,18 @@ def test_first_block_is_the_last_whose_output_no_edit_precedes():
     assert first_block(swap, 6) == 1
     assert first_block([Intervention("embedding_output", Swap())], 6) == -1
     assert first_block([Intervention("final_norm_output", Swap())], 6) == 5
+
+
+def test_a_model_that_gives_nan_is_refused_and_not_called_exact():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(BadVector, match=r"own logits are NaN or infinite.*Check the weights"):
+        prefix_of(model, left_padded(model), [0])
+
+
+def test_an_empty_plan_is_refused():
+    model = tiny_model("llama")
+    prefix = prefix_of(model, left_padded(model), [0])
+    with pytest.raises(ShapeMismatch, match="the plan holds no intervention"):
+        suffix_logits(model, [], [], prefix)
