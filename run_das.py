@@ -80,6 +80,7 @@ def main(
     variable: Annotated[str | None, option("variable")] = None,
     model: Annotated[str | None, option("model")] = None,
     method: Annotated[str | None, option("methods", "--method")] = None,
+    controls: Annotated[str | None, option("controls")] = None,
     layers: Annotated[str | None, option("layers")] = None,
     positions: Annotated[str | None, option("positions")] = None,
     rank: Annotated[int | None, option("rank")] = None,
@@ -105,7 +106,7 @@ def main(
     try:
         chosen = task_defaults(load_config(config, sets or (), flags))
         if print_config:
-            console.print(describe(chosen), highlight=False)
+            console.print(describe(chosen), highlight=False, soft_wrap=True)
             return
         run(chosen)
     except (ConfigError, RecordError, InterveneError, TaskError) as error:
@@ -172,9 +173,13 @@ def prepare(config: RunDas) -> Problem:
         else:
             config, model, tokenizer, task = load_text(config)
             problem = prepare_text(config, model, tokenizer, task, report)
-    console.print(describe(problem.config), highlight=False)
+    console.print(describe(problem.config), highlight=False, soft_wrap=True)
     for split, facts in problem.lint.items():
-        console.print(f"{split}: " + ", ".join(f"{name} {value}" for name, value in facts.items()), highlight=False)
+        console.print(
+            f"{split}: " + ", ".join(f"{name} {value}" for name, value in facts.items()),
+            highlight=False,
+            soft_wrap=True,
+        )
     return problem
 
 
@@ -205,6 +210,7 @@ def search(problem: Problem, record: RunRecord) -> None:
             budget=Budget(config.steps, config.batch_size, config.lr),
             finished=record.finished(),
             others=problem.others,
+            controls=config.controls,
         )
         report("cells searched", len(searched.done()), len(cells))
         for row in searched.run():
@@ -293,7 +299,7 @@ def dry_run(config: RunDas) -> None:
         console.print("plan: train an MLP (about 10 s), then search its layers; pairs: " + str(sizes(config)))
         return
     config, model, tokenizer, task = load_text(config)
-    console.print(describe(config), highlight=False)
+    console.print(describe(config), highlight=False, soft_wrap=True)
     assert config.positions is not None and isinstance(config.layers, tuple) and config.variable is not None
     sites = [Site("block_output", layer) for layer in config.layers]
     check_rank(config, model, sites)

@@ -82,17 +82,23 @@ def _distinct(value: object) -> object:
     return value
 
 
+def _controls(value: object) -> object:
+    return () if value == "none" else _names(value)
+
+
 Text: TypeAlias = Annotated[str, Field(min_length=1)]
 Count: TypeAlias = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
 Layer: TypeAlias = Annotated[int, BeforeValidator(_no_bool)]
 Seed: TypeAlias = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 Rate: TypeAlias = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
 Method: TypeAlias = Literal["full_vector", "das"]
+Control: TypeAlias = Literal["random_subspace", "random_model"]
 Layers: TypeAlias = Annotated[
     Annotated[tuple[Layer, ...], Field(min_length=1)] | Literal["all"] | None, BeforeValidator(_layers)
 ]
 Seeds: TypeAlias = Annotated[tuple[Seed, ...], BeforeValidator(_numbers), Field(min_length=1)]
 Methods: TypeAlias = Annotated[tuple[Method, ...], BeforeValidator(_names), Field(min_length=1)]
+Controls: TypeAlias = Annotated[tuple[Control, ...], BeforeValidator(_controls)]
 Names: TypeAlias = Annotated[Annotated[tuple[Text, ...], Field(min_length=1)] | None, BeforeValidator(_names)]
 
 
@@ -108,6 +114,7 @@ class RunDas:
     variable: Text | None = None
     model: Text = "smollm2-135m"
     methods: Methods = ("full_vector", "das")
+    controls: Controls = ("random_subspace", "random_model")
     layers: Layers = None
     positions: Names = None
     rank: Count = 8
@@ -140,6 +147,7 @@ HELP: dict[str, str] = {
     "variable": "variable of the task's causal model to look for; derived: the task's first",
     "model": "local folder, Hub id, or the name of the embedded default",
     "methods": "full_vector (swap everything, nothing learned) and/or das (learn a subspace), comma-separated",
+    "controls": "random_subspace and/or random_model (the method on a random network), in the best learned cell; or none",
     "layers": "0-based blocks: 0,4,8 or 0-29:4 (both ends included) or all; derived: about eight, evenly spaced",
     "positions": "names of the task's token positions, comma-separated; derived: all that the task marks",
     "rank": "dimensions of the DAS subspace, at most the width of the site",

@@ -16,7 +16,7 @@ from torch import nn
 from alignments.config import ConfigError, RunDas, resolve_layers, with_derived
 from alignments.methods import LEARNED
 from alignments.pairs import LanguagePairs, PairData, VectorPairs
-from alignments.search import Facts
+from alignments.search import Facts, Other
 from intervene import AllTokens, Positions, Site, fingerprint
 from intervene.errors import asked_found_do
 from intervene.families import locate, resolve
@@ -57,7 +57,7 @@ class Problem:
     facts: Facts
     lint: Mapping[str, Any]
     fingerprint: str
-    others: Mapping[str, Callable[[], tuple[nn.Module, Mapping[str, PairData]]]] = field(default_factory=dict)
+    others: Mapping[str, Other] = field(default_factory=dict)
     examples: Sequence[Mapping[str, Any]] = ()  # one per test pair, for people to read; empty for vectors
     tokenizer: Any = None
 
@@ -178,17 +178,26 @@ def prepare_text(config: RunDas, model: nn.Module, tokenizer: Any, task: Task, r
     accuracy: dict[str, float | None] = {}
     lint: dict[str, Any] = {}
     drawn = draw_text(config, task)
-    for split, (pairs, found) in drawn.items():
-        baselines[split] = dict(found.baselines)
-        data = LanguagePairs(
-            model,
+
+    def run_once(network: nn.Module, kept: Sequence[Site], split: str, what: str) -> LanguagePairs:
+        pairs = drawn[split][0]
+        return LanguagePairs(
+            network,
             tokenizer,
             pairs,
-            sites=sites,
-            positions=config.positions,
+            sites=kept,
+            positions=config.positions or (),
             kinds=[task.kind(pair) for pair in pairs],
-            progress=lambda done, total, split=split: report(f"running {split} pairs", done, total),  # type: ignore[misc]
+            progress=lambda done, total: report(f"running {split} pairs{what}", done, total),
         )
+
+    def random_model(site: Site) -> tuple[nn.Module, Mapping[str, PairData]]:
+        network = random_like(model)
+        return network, {split: run_once(network, [site], split, " of a random model") for split in drawn}
+
+    for split, (_, found) in drawn.items():
+        baselines[split] = dict(found.baselines)
+        data = run_once(model, sites, split, "")
         base, source = data.task_correct()
         accuracy[split] = float((base & source).float().mean())
         lint[split] = {
@@ -207,8 +216,33 @@ def prepare_text(config: RunDas, model: nn.Module, tokenizer: Any, task: Task, r
         for pair in drawn["test"][0]
     ]
     return Problem(
-        config, model, splits, Marked, sites, facts, lint, fingerprint(model), examples=examples, tokenizer=tokenizer
+        config,
+        model,
+        splits,
+        Marked,
+        sites,
+        facts,
+        lint,
+        fingerprint(model),
+        {"random_model": random_model},
+        examples=examples,
+        tokenizer=tokenizer,
     )
+
+
+def random_like(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Return a model of the same configuration, device and dtype with freshly drawn weights, in eval mode.
+
+    The control of Sutter et al. 2025 (arXiv 2507.08802): what is also found in a network that has learned nothing was
+    put there by the search.
+    """
+    from transformers import AutoModelForCausalLM  # only language models come here
+
+    like = next(model.parameters())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made: nn.Module = AutoModelForCausalLM.from_config(locate(model).config)  # type: ignore[no-untyped-call]
+    return made.to(device=like.device, dtype=like.dtype).eval()
 
 
 def equality_network(config: RunDas) -> tuple[RunDas, HierarchicalEquality, MLP, list[Site]]:
@@ -255,7 +289,7 @@ def prepare_equality(config: RunDas, report: Report) -> Problem:
             for split, pairs in arrays.items()
         }
 
-    def random_model() -> tuple[nn.Module, Mapping[str, PairData]]:
+    def random_model(site: Site) -> tuple[nn.Module, Mapping[str, PairData]]:
         network = MLP(4 * task.width, 16, 3, 2, seed=1).eval()
         return network, on(network)
 

@@ -48,6 +48,9 @@ class Facts:
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
+Other = Callable[[Site], tuple[nn.Module, Mapping[str, PairData]]]
+
+
 @dataclass(frozen=True)
 class Budget:
     """How long each fit learns."""
@@ -74,8 +77,9 @@ class Search:
         splits: prepared pairs for "train", "select" and "test".
         where: position name -> the `Positions` value that finds it.
         finished: rows of an earlier run of the same search; their cells are not run again.
-        others: control name -> other model with prepared pairs (a random one, say) on which the best cell's method
-            is fitted as well; made only when needed.
+        controls: those to run in each learned method's best cell: "random_subspace", and names in `others`.
+        others: control name -> function that makes another model (a random one, say) with its pairs prepared at a
+            site, on which the best cell's method is fitted as well; called only when needed.
     """
 
     def __init__(
@@ -90,7 +94,8 @@ class Search:
         budget: Budget | None = None,
         finished: Iterable[Row] = (),
         progress: Callable[[str], None] | None = None,
-        others: Mapping[str, Callable[[], tuple[nn.Module, Mapping[str, PairData]]]] | None = None,
+        others: Mapping[str, Other] | None = None,
+        controls: Sequence[str] = ("random_subspace",),
     ) -> None:
         if not cells or not seeds:
             raise InterveneError(f"Search of {len(cells)} cells and {len(seeds)} seeds: give at least one of each.")
@@ -103,7 +108,8 @@ class Search:
         self.budget = budget or Budget()
         self.rows = list(finished)
         self.progress = progress
-        self.others = dict(others or {})
+        self.others = {name: make for name, make in (others or {}).items() if name in controls}
+        self.controls = tuple(controls)
         self.plans: dict[tuple[Cell, int], Plan] = {}
 
     def run(self) -> Iterator[Row]:
@@ -126,13 +132,14 @@ class Search:
 
     def _controls(self, best: Cell) -> Iterator[Row]:
         """Yield the scores of a random subspace in the best cell, and of the method on the other models."""
-        for seed in self.seeds:
-            yield from self._score(replace(best, method="control:random_subspace"), seed)
+        if "random_subspace" in self.controls:
+            for seed in self.seeds:
+                yield from self._score(replace(best, method="control:random_subspace"), seed)
         for name, make in self.others.items():
             control = replace(best, method=f"control:{name}")
             if all(self._has(control, seed) for seed in self.seeds):
                 continue
-            model, splits = make()
+            model, splits = make(best.site)
             for seed in self.seeds:
                 yield from self._score(control, seed, self._fitted(best, seed, model, splits), splits)
 
@@ -182,6 +189,7 @@ class Search:
 
     def _row(self, cell: Cell, seed: int, split: str, score: Score, seconds: float) -> Row:
         baselines = dict(self.facts.baselines[split])
+        elsewhere = cell.method.removeprefix("control:") in self.others  # the accuracy is not that model's
         return Row(
             task=self.facts.task,
             model=self.facts.model,
@@ -202,7 +210,7 @@ class Search:
             copy_base=baselines.pop("copy_base"),
             copy_source=baselines.pop("copy_source"),
             majority=baselines.pop("majority"),
-            task_accuracy=self.facts.accuracy.get(split),
+            task_accuracy=None if elsewhere else self.facts.accuracy.get(split),
             seconds=seconds,
             extra=baselines,
             kinds=score.kinds,

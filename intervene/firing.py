@@ -33,20 +33,33 @@ def _three_axes(h: Tensor, current: Pass) -> Tensor:
     )
 
 
-def _cut(h: Tensor, columns: slice | tuple[int, ...] | None) -> Tensor:
-    if columns is None:
-        return h
-    if isinstance(columns, slice):
-        return h.narrow(-1, columns.start, columns.stop - columns.start)
-    return h.index_select(-1, torch.tensor(columns, device=h.device))
+class _Columns:
+    """A site's columns of the module's last axis; an irregular choice goes to the device once, not at every firing."""
 
+    def __init__(self, columns: slice | tuple[int, ...] | None) -> None:
+        self.columns = columns
+        self._index: Tensor | None = None
 
-def _paste(h: Tensor, columns: slice | tuple[int, ...] | None, value: Tensor) -> Tensor:
-    if columns is None:
-        return value
-    if isinstance(columns, slice):
-        return torch.slice_scatter(h, value, dim=-1, start=columns.start, end=columns.stop)
-    return h.index_copy(-1, torch.tensor(columns, device=h.device), value)
+    def cut(self, h: Tensor) -> Tensor:
+        """Return the site's columns of h (B, P, D')."""
+        if self.columns is None:
+            return h
+        if isinstance(self.columns, slice):
+            return h.narrow(-1, self.columns.start, self.columns.stop - self.columns.start)
+        return h.index_select(-1, self._on(h.device))
+
+    def paste(self, h: Tensor, value: Tensor) -> Tensor:
+        """Return a new h (B, P, D') whose site columns are `value`."""
+        if self.columns is None:
+            return value
+        if isinstance(self.columns, slice):
+            return torch.slice_scatter(h, value, dim=-1, start=self.columns.start, end=self.columns.stop)
+        return h.index_copy(-1, self._on(h.device), value)
+
+    def _on(self, device: torch.device) -> Tensor:
+        if self._index is None or self._index.device != device:
+            self._index = torch.tensor(self.columns, device=device)
+        return self._index
 
 
 def _version(h: Tensor) -> int:
@@ -63,6 +76,7 @@ class Firing:
         self.source = source
         self.block = block
         self.recorder = recorder
+        self.columns = _Columns(bound.tap.columns)
 
     def __call__(self, h: Tensor) -> Tensor | None:
         current, again = self.block.pass_of_tap(self.number)
@@ -91,7 +105,7 @@ class Firing:
     def _edited(self, before: Tensor, current: Pass, selection: Selection) -> tuple[Tensor, Tensor | None]:
         """Return the module's rows (B, P, D') with the site's columns edited, and where the condition held (B, P)."""
         tap, edit, when = self.bound.tap, self.bound.edit, self.bound.when
-        site = _cut(before, tap.columns)  # (B, P, D)
+        site = self.columns.cut(before)  # (B, P, D)
         if tap.scale != 1.0:
             site = site * tap.scale
         lens = self.bound.featurizer.lens()
@@ -108,7 +122,7 @@ class Firing:
             changed = torch.where(applies[..., None], changed, site)
         if tap.scale != 1.0:
             changed = changed / tap.scale
-        return _paste(before, tap.columns, changed.to(before.dtype)), applies
+        return self.columns.paste(before, changed.to(before.dtype)), applies
 
     def _check_result(self, site: Tensor, changed: Tensor, version: int) -> None:
         """Refuse what a user's own edit or featurizer may get wrong: another shape, or writing into the stream."""
@@ -153,6 +167,7 @@ class Reader:
         self.block = block
         self.captured = captured
         self.stop_at = stop_at
+        self.columns = _Columns(tap.columns)
 
     def __call__(self, h: Tensor) -> None:
         current, again = self.block.pass_of_tap(self.number)
@@ -161,7 +176,7 @@ class Reader:
         if selection is not None:
             whole = _three_axes(h, current)
             rows = whole if selection.dense else whole[selection.rows, selection.columns]
-            value, valid = _cut(rows, self.tap.columns), selection.valid
+            value, valid = self.columns.cut(rows), selection.valid
             if selection.dense:
                 value = value.clone()  # a later module may write in place (falcon adds attention to its MLP output)
             if self.tap.scale != 1.0:

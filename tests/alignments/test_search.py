@@ -13,10 +13,11 @@ BASELINES = {
     split: {"copy_base": 0.5, "copy_source": 1.0, "majority": 0.5, "flip": 0.5} for split in ("select", "test")
 }
 FACTS = Facts("planted", "mlp", "sign", BASELINES, {"select": 1.0, "test": None})
+BOTH = ("random_subspace", "random_model")
 SITES = [Site("block_output", 0), Site("block_output", 1)]
 
 
-def search(model=None, *, finished=(), others=None, cells=None, seeds=(0, 1)):
+def search(model=None, *, finished=(), others=None, cells=None, seeds=(0, 1), controls=("random_subspace",)):
     model = model or planted_mlp()
     splits = {
         split: planted_pairs(model, n, i)
@@ -34,6 +35,7 @@ def search(model=None, *, finished=(), others=None, cells=None, seeds=(0, 1)):
         budget=budget,
         finished=finished,
         others=others,
+        controls=controls,
     )
 
 
@@ -83,15 +85,17 @@ def test_finished_rows_are_not_run_again_and_the_rest_is_the_same():
 def test_other_models_are_fitted_only_when_needed_and_named_as_controls():
     made = []
 
-    def random_model():
+    def random_model(site):
         network = MLP(WIDTH, WIDTH, 2, 2, seed=7).eval()
         made.append(network)
         return network, {split: planted_pairs(network, 64, 9) for split in ("train", "select", "test")}
 
-    rows = list(search(others={"random_model": random_model}).run())
+    assert not [row for row in search(others={"random_model": random_model}).run() if "model" in row.method]
+    rows = list(search(others={"random_model": random_model}, controls=BOTH).run())
     assert len(made) == 1
     assert {row.seed for row in rows if row.method == "control:random_model"} == {0, 1}
-    assert not list(search(finished=rows, others={"random_model": random_model}).run())
+    assert {row.task_accuracy for row in rows if row.method == "control:random_model"} == {None}
+    assert not list(search(finished=rows, others={"random_model": random_model}, controls=BOTH).run())
     assert len(made) == 1
 
 
