@@ -147,7 +147,7 @@ HELP: dict[str, str] = {
     "variable": "variable of the task's causal model to look for; derived: the task's first",
     "model": "local folder, Hub id, or the name of the embedded default",
     "methods": "full_vector (swap everything, nothing learned) and/or das (learn a subspace), comma-separated",
-    "controls": "random_subspace and/or random_model (the method on a random network), in the best learned cell; or none",
+    "controls": "random_subspace and/or random_model (a network of random weights), in the best learned cell; or none",
     "layers": "0-based blocks: 0,4,8 or 0-29:4 (both ends included) or all; derived: about eight, evenly spaced",
     "positions": "names of the task's token positions, comma-separated; derived: all that the task marks",
     "rank": "dimensions of the DAS subspace, at most the width of the site",
