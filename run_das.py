@@ -104,6 +104,8 @@ def main(
     """Search for a causal variable inside a model; the help text is the module's."""
     flags = {key: value for key, value in locals().items() if key in HELP} | {"methods": method}
     try:
+        if resume and out is not None and task is None and config is None:
+            config = out / "config.json"  # a run knows what it was asked
         chosen = task_defaults(load_config(config, sets or (), flags))
         if print_config:
             console.print(describe(chosen), highlight=False, soft_wrap=True)
@@ -213,11 +215,16 @@ def search(problem: Problem, record: RunRecord) -> None:
             controls=config.controls,
         )
         report("cells searched", len(searched.done()), len(cells))
+        methods = {cell.method for cell in cells if cell.rank is not None}
+        extra = len(methods) * (len(config.seeds) - 1 + len(config.seeds) * len(config.controls))
         for row in searched.run():
             record.append(row)
-            report(
-                f"cells searched (last: {row.method} {row.site} @ {row.positions})", len(searched.done()), len(cells)
-            )
+            last = f"(last: {row.method} {row.site} @ {row.positions}, seed {row.seed})"
+            fits = len({(one.cell, one.seed) for one in searched.rows}) - len(cells)
+            if fits < 1:
+                report(f"cells searched {last}", len(searched.done()), len(cells))
+            else:
+                report(f"more seeds and controls {last}", min(fits, extra), extra)
     learned = [cell for cell in cells if cell.rank is not None]
     if learned:
         best = searched.best_cell(learned[0].method)

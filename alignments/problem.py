@@ -72,7 +72,7 @@ def task_defaults(config: RunDas) -> RunDas:
         return config
     for key, fixed in EQUALITY_FIXED.items():
         value = getattr(config, key)
-        if config.sources.get(key, "default") != "default" and value != fixed:
+        if config.sources.get(key, "default") != "default" and value not in (None, fixed):
             do = f"Leave {key} out, or choose another task."
             found = f"{EQUALITY} trains a small network of its own, with {key} {fixed}."
             raise ConfigError(asked_found_do(f"{key} {value}", found, do))

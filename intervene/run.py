@@ -131,6 +131,8 @@ def capture(
 
     Args:
         positions: which tokens, one for all sites or one per site; None keeps every column, (B, S, D), padding too.
+            What is yielded are copies: changing them changes nothing in the model, and a gradient is had not from them
+            but from `Add(torch.zeros(D), trainable=True)` at the site.
         stop_after_last: end the forward pass once all sites are read. The block ends there: nothing after the model's
             call is run.
 

@@ -193,3 +193,17 @@ def test_ioi_on_the_real_model_dry_and_small(tmp_path):
     test = [row for row in rows(tmp_path / "run") if row["split"] == "test" and row["method"] == "full_vector"]
     assert test[0]["copy_base"] == 0.5 and test[0]["extra.flip"] == 0.5 and test[0]["copy_source"] == 0.0
     assert test[0]["task_accuracy"] > 0.8
+
+
+@pytest.mark.slow
+def test_resume_needs_only_the_folder(tmp_path):
+    folder = tmp_path / "run"
+    few = ["--layers", "0", "--seeds", "0", "--controls", "none", "--out", folder]
+    assert das(*EQUALITY, *few).returncode == 0
+    kept = rows(folder)
+    assert {row["method"] for row in kept} == {"full_vector", "das"}
+    (folder / "result.json").unlink()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept[:2]))
+    done = das("--resume", "--out", folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [(row["method"], row["iia"]) for row in rows(folder)] == [(row["method"], row["iia"]) for row in kept]
