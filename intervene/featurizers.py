@@ -145,8 +145,8 @@ def _checked_frame(frame: Tensor) -> Tensor:
 class Subspace(Featurizer):
     """K orthonormal directions Q of a D-wide activation: reads hQ, writes h + (z - hQ)Q^T.
 
-    The frame is the thin QR factor of a free (D, K) weight, so any optimiser step stays orthonormal; it is kept and
-    applied in fp32 whatever the model's dtype.
+    The frame is the thin QR factor of a free (D, K) weight, so any optimiser step stays orthonormal; it is kept in fp32
+    (or fp64, if given so) and applied in at least fp32 whatever the model's dtype.
 
     Args:
         width: D. rank: K, 1 to D. seed: of the random initial frame. trainable: whether the weight learns.
@@ -177,7 +177,7 @@ class Subspace(Featurizer):
             raise ShapeMismatch(f"Weight of shape {tuple(weight.shape)}: need (D, K) with 1 <= K <= D. Transpose it?")
         made = cls.__new__(cls)  # not cls(D, K): a random D x D frame takes seconds
         nn.Module.__init__(made)
-        made._hold(weight.detach().float().clone(), trainable)
+        made._hold(weight.detach().to(compute_dtype(weight), copy=True), trainable)
         return made
 
     @classmethod

@@ -72,9 +72,10 @@ def _frame(cell: _Cell, rank: int | None) -> Subspace:
             chosen = len(cell.columns)
         return Subspace(cell.width(), chosen, seed=cell.seed, trainable=cell.trainable)
     layer = nn.Module()
-    layer.weight = nn.Parameter(torch.empty_like(stored["original"]))
+    # In fp64: the exponential of a matrix in fp32 is off by more than one rounding, and no two libraries by the same.
+    layer.weight = nn.Parameter(torch.empty_like(stored["original"], dtype=torch.float64))
     torch.nn.utils.parametrizations.orthogonal(layer)
-    layer.load_state_dict({f"parametrizations.weight.{key}": value for key, value in stored.items()})
+    layer.load_state_dict({f"parametrizations.weight.{key}": value.double() for key, value in stored.items()})
     frame = layer.weight.detach()  # (D, K)
     frame = frame if cell.columns is None else frame[:, list(cell.columns)]
     try:
@@ -95,7 +96,7 @@ def _constant(cell: _Cell) -> Tensor | None:
     vector = cell.state.get("source_representation")
     if vector is None:
         return None
-    vector = vector.detach().float()
+    vector = vector.detach()
     if vector.dim() != 3 or vector.numel() == vector.shape[-1]:
         vector = vector.reshape(-1)  # pyvene broadcasts what holds one vector, in any shape
     return vector if cell.columns is None else vector[..., list(cell.columns)]
@@ -134,7 +135,7 @@ def _gated(cell: _Cell, name: str, logit: float, temperature: float, lens: Featu
         cell.width() if logits is None else len(logits),
         temperature=float(cell.state.get("temperature", torch.tensor(temperature))),
     )
-    edit.logits.data = torch.full_like(edit.logits, logit) if logits is None else logits.detach().float().clone()
+    edit.logits.data = torch.full_like(edit.logits, logit) if logits is None else logits.detach().double()
     edit.logits.requires_grad_(cell.trainable)
     return edit, lens
 
