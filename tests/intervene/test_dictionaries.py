@@ -7,26 +7,7 @@ import pytest
 import torch
 
 from intervene import PCA, SAE, BadVector, InterveneError, ShapeMismatch
-
-D, K = 12, 4
-
-
-def randn(*shape, seed=1, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def frame(rank=K, width=D):
-    return torch.linalg.qr(randn(width, rank, seed=2, dtype=torch.float64)).Q.float()
-
-
-def sae(activation="relu", **options):
-    parts = {
-        "encoder_bias": randn(20, seed=6),
-        "decoder_bias": randn(D, seed=7),
-        "threshold": randn(20, seed=8).abs() if activation == "jumprelu" else None,
-    }
-    return SAE(randn(D, 20), randn(20, D, seed=5), activation=activation, **{**parts, **options})
-
+from tests.intervene.values import D, K, frame, randn, sae
 
 # PCA
 

@@ -32,21 +32,10 @@ from intervene import (
     intervene,
 )
 from intervene.edits import EDITS, Edit
+from tests.intervene.values import learned, randn
 from tests.tiny import tiny_batch, tiny_model
 
 B, P, K = 2, 3, 6
-
-
-def randn(*shape, seed=1, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def learned(edit):
-    """Return `edit` with its parameters moved off their start."""
-    with torch.no_grad():
-        for parameter in edit.parameters():
-            parameter.add_(0.3 * randn(*parameter.shape, seed=9))
-    return edit
 
 
 CASES = {

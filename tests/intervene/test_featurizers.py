@@ -10,7 +10,6 @@ from torch import nn
 
 from intervene import (
     PCA,
-    SAE,
     BadVector,
     Coordinates,
     Identity,
@@ -25,27 +24,8 @@ from intervene import (
     intervene,
 )
 from intervene.featurizers import FEATURIZERS, orthonormal
+from tests.intervene.values import D, K, frame, randn, sae
 from tests.tiny import tiny_batch, tiny_model
-
-D, K = 12, 4
-
-
-def randn(*shape, seed=1, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def frame(rank=K, width=D):
-    return torch.linalg.qr(randn(width, rank, seed=2, dtype=torch.float64)).Q.float()
-
-
-def sae(activation="relu", **options):
-    parts = {
-        "encoder_bias": randn(20, seed=6),
-        "decoder_bias": randn(D, seed=7),
-        "threshold": randn(20, seed=8).abs() if activation == "jumprelu" else None,
-    }
-    return SAE(randn(D, 20), randn(20, D, seed=5), activation=activation, **{**parts, **options})
-
 
 LENSES = {
     "Identity": Identity,

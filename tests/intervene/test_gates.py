@@ -10,20 +10,9 @@ import pytest
 import torch
 
 from intervene import Affine, BoundarySwap, GatedSwap
+from tests.intervene.values import learned, randn
 
 B, P, K = 2, 3, 6
-
-
-def randn(*shape, seed=1, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def learned(edit):
-    """Return `edit` with its parameters moved off their start."""
-    with torch.no_grad():
-        for parameter in edit.parameters():
-            parameter.add_(0.3 * randn(*parameter.shape, seed=9))
-    return edit
 
 
 # gates
