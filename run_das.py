@@ -51,7 +51,7 @@ from alignments.report import write_report
 from alignments.rows import Row
 from alignments.search import Budget, Cell, Search, cells_of
 from intervene import Plan, Site
-from intervene.errors import InterveneError
+from intervene.errors import InterveneError, asked_found_do
 from intervene.families import locate
 from intervene.models import load_model
 from intervene.store import save_plan
@@ -106,6 +106,11 @@ def main(
     try:
         if resume and out is not None and task is None and config is None:
             config = out / "config.json"  # a run knows what it was asked
+            if not config.exists():
+                found = "it holds no run (no config.json)."
+                raise ConfigError(
+                    asked_found_do(f"Resuming {out}", found, "Name a run's folder, or start one with --task.")
+                )
         chosen = task_defaults(load_config(config, sets or (), flags))
         if print_config:
             console.print(describe(chosen), highlight=False, soft_wrap=True)

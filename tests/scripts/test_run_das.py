@@ -207,3 +207,9 @@ def test_resume_needs_only_the_folder(tmp_path):
     done = das("--resume", "--out", folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [(row["method"], row["iia"]) for row in rows(folder)] == [(row["method"], row["iia"]) for row in kept]
+
+
+def test_resuming_where_nothing_ran_says_so(tmp_path):
+    done = quick("--resume", "--out", tmp_path / "none")
+    assert done.exit_code == 2 and "it holds no run (no config.json). Name a run's folder" in done.output
+    assert not (tmp_path / "none").exists()
