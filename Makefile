@@ -46,7 +46,7 @@ $(READY):
 	  sys.exit(0 if sys.version_info >= (3, 10) else f"set-up: needs Python 3.10 or newer, $(PYTHON) is {v}. Run make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install -q $(TORCH)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[all,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[all,dev,ray]'
 	@touch $@
 
 clean:

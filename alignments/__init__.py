@@ -1,21 +1,27 @@
 """Alignment search: is there a place in this model that plays the role of this variable of this causal model?
 
     data = {split: LanguagePairs(model, tokenizer, task.pairs(split, ...), sites=sites, positions=names) ...}
-    for row in Search(model, data, Marked, cells_of(sites, names, ["full_vector", "das"], rank=8), facts).run(): ...
+    scorer = Scorer(model, data, Marked, facts)
+    for row in Search(scorer, cells_of(sites, names, ["full_vector", "das"], rank=8)).run(): ...
 
 Choice happens on the select split, reporting on test; every row carries its n, interval and trivial baselines.
 """
 
-from alignments.config import ConfigError, RunDas, load_config
-from alignments.fit import FitResult, Score, evaluate, fit, predict
-from alignments.methods import METHODS
+from alignments.config import RunDas, load_config
+from alignments.config_files import ConfigError
+from alignments.fit import Budget, FitResult, Score, evaluate, fit, fit_together, predict
+from alignments.methods import METHODS, Method, Setup
 from alignments.metrics import mean_over_seeds, verdict, wilson
-from alignments.pairs import LanguagePairs, PairData, VectorPairs
-from alignments.problem import Problem, prepare_equality, prepare_text
+from alignments.pairs import LanguagePairs, PairData
+from alignments.problem import Problem
 from alignments.record import RecordError, RunRecord
 from alignments.report import render_report, write_report
 from alignments.rows import BadRow, Row
-from alignments.search import Budget, Cell, Facts, Search, cells_of
+from alignments.scoring import Cell, Elsewhere, Facts, Job, Scorer
+from alignments.search import Executor, Local, Search, cells_of
+from alignments.text_problem import prepare_text
+from alignments.vector_pairs import VectorPairs
+from alignments.vector_problem import prepare_vectors
 
 __all__ = [
     "METHODS",
@@ -23,9 +29,14 @@ __all__ = [
     "Budget",
     "Cell",
     "ConfigError",
+    "Elsewhere",
+    "Executor",
     "Facts",
     "FitResult",
+    "Job",
     "LanguagePairs",
+    "Local",
+    "Method",
     "PairData",
     "Problem",
     "RecordError",
@@ -33,16 +44,19 @@ __all__ = [
     "RunDas",
     "RunRecord",
     "Score",
+    "Scorer",
     "Search",
+    "Setup",
     "VectorPairs",
     "cells_of",
     "evaluate",
     "fit",
+    "fit_together",
     "load_config",
     "mean_over_seeds",
     "predict",
-    "prepare_equality",
     "prepare_text",
+    "prepare_vectors",
     "render_report",
     "verdict",
     "wilson",

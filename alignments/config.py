@@ -7,99 +7,33 @@ model is loaded.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Any, Literal
 
-import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from alignments.config_files import ConfigError, read_file, read_sets
+from alignments.config_values import (
+    Controls,
+    Count,
+    Layers,
+    Methods,
+    Names,
+    Options,
+    Ranks,
+    Rate,
+    Seeds,
+    Share,
+    Text,
+    Trackers,
+    Whole,
+)
 from intervene.errors import asked_found_do, close_names
 
-
-class ConfigError(Exception):
-    """A configuration that cannot be run: an unknown key, a value of the wrong kind, a file that cannot be read."""
-
-
-_RANGE = re.compile(r"^(-?\d+)(?:-(\d+)(?::(\d+))?)?$")  # "4", "-1", "0-29", "0-29:4"
-_COMMA = re.compile(r",(?![^(\[]*[)\]])")  # a comma outside brackets: "Span(1,3),last" is two positions
-
-
-def parse_numbers(text: str) -> tuple[int, ...]:
-    """Return the whole numbers that "0,4,8", "0-29:4" (both ends included, every 4th) or "0-8:4,29" names.
-
-    Raises:
-        ConfigError: a part is no number or range, a range runs backwards or has step 0, or a number comes twice.
-    """
-    numbers: list[int] = []
-    for part in text.split(","):
-        match = _RANGE.match(part.strip())
-        if match is None:
-            raise ConfigError(f"Numbers {text!r}: {part.strip()!r} is none. Write e.g. 0,4,8 or 0-29:4.")
-        first, last, step = int(match[1]), int(match[2] or match[1]), int(match[3] or 1)
-        if step < 1 or (match[2] is not None and last < first):
-            raise ConfigError(
-                f"Numbers {text!r}: {part.strip()!r} runs nowhere. Write first-last:step, first below last."
-            )
-        numbers += range(first, last + 1, step) if match[2] is not None else [first]
-    if len(set(numbers)) != len(numbers):
-        raise ConfigError(f"Numbers {text!r}: a number comes twice. Name each once.")
-    return tuple(numbers)
-
-
-def _no_bool(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("a number is needed, not true or false")
-    return value
-
-
-def _numbers(value: object) -> object:
-    if isinstance(value, str):
-        try:
-            return parse_numbers(value)
-        except ConfigError as error:  # pydantic gathers ValueErrors, and the ConfigError that results names the key
-            raise ValueError(str(error)) from None
-    value = (value,) if isinstance(value, int) and not isinstance(value, bool) else value
-    return _distinct(value)
-
-
-def _layers(value: object) -> object:
-    return value if value is None or value == "all" else _numbers(value)
-
-
-def _names(value: object) -> object:
-    if isinstance(value, str):
-        value = [part.strip() for part in _COMMA.split(value)]
-    return _distinct(value)
-
-
-def _distinct(value: object) -> object:
-    if isinstance(value, list | tuple) and len({str(one) for one in value}) != len(value):
-        raise ValueError("each may be named only once")
-    return value
-
-
-def _controls(value: object) -> object:
-    return () if value == "none" else _names(value)
-
-
-Text: TypeAlias = Annotated[str, Field(min_length=1)]
-Count: TypeAlias = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
-Layer: TypeAlias = Annotated[int, BeforeValidator(_no_bool)]
-Seed: TypeAlias = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
-Rate: TypeAlias = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
-Method: TypeAlias = Literal["full_vector", "das"]
-Control: TypeAlias = Literal["random_subspace", "random_model"]
-Layers: TypeAlias = Annotated[
-    Annotated[tuple[Layer, ...], Field(min_length=1)] | Literal["all"] | None, BeforeValidator(_layers)
-]
-Seeds: TypeAlias = Annotated[tuple[Seed, ...], BeforeValidator(_numbers), Field(min_length=1)]
-Methods: TypeAlias = Annotated[tuple[Method, ...], BeforeValidator(_names), Field(min_length=1)]
-Controls: TypeAlias = Annotated[tuple[Control, ...], BeforeValidator(_controls)]
-Names: TypeAlias = Annotated[Annotated[tuple[Text, ...], Field(min_length=1)] | None, BeforeValidator(_names)]
+_NESTED = ("options", "task_options")  # keys that hold named values themselves
 
 
 @dataclass(frozen=True)
@@ -117,20 +51,45 @@ class RunDas:
     controls: Controls = ("random_subspace", "random_model")
     layers: Layers = None
     positions: Names = None
-    rank: Count = 8
+    component: Text = "block_output"
+    rank: Ranks = (8,)
     seeds: Seeds = (0, 1, 2)
+    strategy: Literal["grid", "full", "halving"] = "grid"
+    budget_seconds: Rate | None = None
+    budget_forwards: Count | None = None
+    grid_splits: Literal["both", "select"] = "both"
+    min_accuracy: Share = 0.5
+    force: bool = False
+    do_align: bool = True
     n_train: Count = 256
     n_select: Count = 200
     n_test: Count = 300
+    max_tokens: Count | None = None
     batch_size: Count = 16
+    eval_batch_size: Count = 96
     lr: Rate = 0.01
     steps: Count = 100
+    warmup: Share = 0.1
+    accumulate: Count = 1
+    validate_every: Whole = 0
+    patience: Count | None = None
+    log_every: Whole = 0
+    fast: bool = False
+    options: Options = field(default_factory=dict)
+    task_options: dict[str, Any] = field(default_factory=dict)
+    executor: Literal["local", "processes", "ray", "torchrun"] = "local"
+    workers: Count = 2
+    parallel: Literal["jobs", "data"] = "jobs"
+    cache: Path | None = None
+    device_map: Text | None = None
     out: Path | None = None
     resume: bool = False
     dry_run: bool = False
     device: Text | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     threads: Count | None = None
+    trackers: Trackers = ()
+    wandb_entity: Text | None = None
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -145,25 +104,50 @@ KEYS = tuple(one.name for one in fields(RunDas) if one.name != "sources")
 HELP: dict[str, str] = {
     "task": "causal task that the pairs come from, e.g. ioi",
     "variable": "variable of the task's causal model to look for; derived: the task's first",
-    "model": "local folder, Hub id, or the name of the embedded default",
-    "methods": "full_vector (swap everything, nothing learned) and/or das (learn a subspace), comma-separated",
-    "controls": "random_subspace and/or random_model (a network of random weights), in the best learned cell; or none",
+    "model": "local folder, Hub id, the embedded default's name; planted (made by hand) or small (trained on the task)",
+    "methods": "full_vector (swap everything), das (learn a subspace) and others of --list_methods, comma-separated",
+    "controls": "random_subspace, random_model, shuffled_labels, complement, rival:<variable>, in best cells; or none",
     "layers": "0-based blocks: 0,4,8 or 0-29:4 (both ends included) or all; derived: about eight, evenly spaced",
     "positions": "names of the task's token positions, comma-separated; derived: all that the task marks",
-    "rank": "dimensions of the DAS subspace, at most the width of the site",
+    "component": "what of each layer is searched: block_output, attention_output, mlp_output, head_output[2], ...",
+    "rank": "dimensions of the subspace, at most the width of the site; several (1,2,4,8) give a rank curve",
     "seeds": "one fit per cell and seed: 0,1,2 or 0-4",
+    "strategy": "grid (first seed everywhere, all in the best cells), full (all seeds everywhere) or halving (screens)",
+    "budget_seconds": "halving ends after so many seconds, with the last finished round",
+    "budget_forwards": "halving ends after so many pair-passes; repeats exactly, unlike seconds",
+    "grid_splits": "score every cell on both select and test, or on select alone (the best cells always on both)",
+    "min_accuracy": "share of training pairs, base and source, that the model must answer rightly to be searched",
+    "force": "search a model below min_accuracy all the same",
+    "do_align": "false: print and record the accuracy on the task alone, and search nothing",
     "n_train": "pairs to learn on",
     "n_select": "pairs on which the best cell is chosen",
     "n_test": "pairs on which it is reported",
+    "max_tokens": "refuse prompts longer than this; derived: no limit",
     "batch_size": "pairs per training step",
+    "eval_batch_size": "rows per scoring pass, all seeds of a cell together",
     "lr": "learning rate of the subspace",
     "steps": "training steps per fit",
+    "warmup": "share of the steps in which the rate rises",
+    "accumulate": "batches per training step; all of them count",
+    "validate_every": "steps between validations on select, of which the best parameters are kept; 0: none",
+    "patience": "validations without a better one that end a fit; derived: never",
+    "log_every": "print the loss of a fit every so many steps; 0: never",
+    "fast": "training steps may multiply in bf16 where the CPU can; scores never do",
+    "options": "of methods, as --set options.frame=cayley; see --list_methods",
+    "task_options": "of the task, as --set task_options.form=short",
+    "executor": "who carries out the cells: local, processes, ray, or torchrun (started by it)",
+    "workers": "of the executor processes or ray",
+    "parallel": "under torchrun: jobs (each rank its own, with --executor torchrun) or data (all ranks share each fit)",
+    "cache": "folder for activations that do not fit in memory; derived: none is written",
+    "device_map": "how a large model is spread over devices, as transformers takes it: auto, balanced, ...",
     "out": "folder of this run; derived: runs/<task>-<variable>",
     "resume": "go on with the finished rows of the folder",
     "dry_run": "print the plan, pair counts, task accuracy and cost, and search nothing",
     "device": "cpu, cuda or cuda:N; derived: cuda where there is one",
     "dtype": "precision of the model: float32, bfloat16 or float16",
     "threads": "CPU threads; derived: torch's own choice",
+    "trackers": "tensorboard and/or wandb, which mirror the rows; the folder stays the record; none",
+    "wandb_entity": "user or team of the wandb run; derived: wandb's own default",
 }
 
 _CHECK = TypeAdapter(RunDas)
@@ -183,16 +167,20 @@ def load_config(
     stages: list[tuple[str, Mapping[str, object]]] = []  # (source, values), later wins
     if file is not None:
         stages.append((str(file), read_file(Path(file))))
-    stages.append(("--set", _read_sets(sets)))
+    stages.append(("--set", read_sets(sets)))
     stages.append(("flag", {key: value for key, value in (flags or {}).items() if value is not None}))
-    values: dict[str, object] = {}
+    values: dict[str, Any] = {}
     sources = dict.fromkeys(KEYS, "default")
     for source, given in stages:
         for path, value in _flatten(given):
-            if path not in KEYS:
+            head, _, part = path.partition(".")
+            if head in _NESTED and part:
+                values[head] = {**values.get(head, {}), part: value}
+            elif path in KEYS:
+                values[path] = value
+            else:
                 raise ConfigError(_unknown_key(path, source))
-            values[path] = value
-            sources[path] = source
+            sources[head] = source
     return _derive_out(_checked(values, sources))
 
 
@@ -248,68 +236,6 @@ def describe(config: RunDas) -> str:
     )
 
 
-def read_file(path: Path) -> dict[str, object]:
-    """Return the mapping that a .yaml, .yml or .json file holds; an empty file holds none.
-
-    Raises:
-        ConfigError: no such file, another ending, broken syntax, a key that comes twice, or no mapping at the top.
-    """
-    if path.suffix not in (".yaml", ".yml", ".json"):
-        raise ConfigError(f"Configuration {path}: the ending {path.suffix!r} is unknown. Use .yaml, .yml or .json.")
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text, object_pairs_hook=_unique) if path.suffix == ".json" else _load_yaml(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"Configuration {path}: cannot be read ({error}). Check the path.") from error
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
-        raise ConfigError(f"Configuration {path}: the syntax is broken: {error}. Mend that line.") from error
-    except ConfigError as error:
-        raise ConfigError(f"Configuration {path}: {error}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"Configuration {path}: holds a {type(values).__name__}. Write lines of 'key: value'.")
-    return values
-
-
-class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML is untyped
-    """A safe loader that refuses a key given twice, of which YAML would silently keep the last."""
-
-
-def _unique_mapping(loader: Any, node: Any) -> dict[str, object]:
-    loader.flatten_mapping(node)
-    return _unique([(loader.construct_object(key), loader.construct_object(one, deep=True)) for key, one in node.value])
-
-
-_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
-
-
-def _load_yaml(text: str) -> object:
-    loaded: object = yaml.load(text, Loader=_UniqueKeys)  # a SafeLoader: constructs plain values only
-    return loaded
-
-
-def _unique(pairs: Sequence[tuple[Any, object]]) -> dict[str, object]:
-    names = [str(key) for key, _ in pairs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(f"{', '.join(twice)} is given twice. Keep one.")
-    return {str(key): value for key, value in pairs}
-
-
-def _read_sets(sets: Iterable[str]) -> dict[str, object]:
-    values: dict[str, object] = {}
-    for one in sets:
-        key, equals, text = one.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError(f"--set {one}: holds no key=value. Write e.g. --set lr=0.001.")
-        try:
-            values[key.strip()] = _load_yaml(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {one}: the value is broken YAML ({error}). Quote it.") from error
-    return values
-
-
 def _flatten(values: Mapping[str, object], prefix: str = "") -> list[tuple[str, object]]:
     """Return (dotted path, value) of every leaf, so that an unknown key deep down is named by its whole path."""
     leaves: list[tuple[str, object]] = []
@@ -346,14 +272,15 @@ def _problems(error: ValidationError, sources: Mapping[str, str]) -> list[str]:
             continue
         where = f"Configuration {key} (from {sources.get(key, 'default')})"
         reason = one["msg"].removeprefix("Value error, ").rstrip(".")
-        problems.setdefault(key, asked_found_do(where, f"{one['input']!r}: {reason}.", f"Meaning: {HELP[key]}."))
+        ended = reason if reason.endswith("?") else f"{reason}."
+        problems.setdefault(key, asked_found_do(where, f"{one['input']!r}: {ended}", f"Meaning: {HELP[key]}."))
     return list(problems.values())
 
 
 def _derive_out(config: RunDas) -> RunDas:
     if config.out is not None:
         return config
-    name = "-".join([config.task, *([config.variable] if config.variable else [])])
+    name = "-".join([Path(config.task).stem, *([config.variable] if config.variable else [])])
     return with_derived(config, out=Path("runs") / re.sub(r"[^\w.-]+", "_", name))
 
 
@@ -364,6 +291,7 @@ def _plain(value: object) -> object:
 
 
 def _shown(value: object) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
+    if isinstance(value, tuple | dict):
+        each = value if isinstance(value, tuple) else [f"{name}={one}" for name, one in value.items()]
+        return ",".join(map(str, each)) or "none"
     return "to be derived" if value is None else str(value)

@@ -8,9 +8,10 @@ trivial baseline on the same pairs, interval against interval.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, fmean
+from statistics import NormalDist, fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,10 @@ from alignments.rows import CONTROL_PREFIX, Cell, Row
 
 Interval = tuple[float, float]
 
-METHOD_NAMES = {"das": "DAS", "full_vector": "full vector"}
+# A method reads as its words; these are written otherwise.
+_WORDS = {word.lower(): word for word in ("DAS", "MDAS", "DBM", "MDBM", "PCA", "SVD", "SAE", "LDA", "LoReFT")}
+_WORDS["boundless"] = "Boundless DAS"
+RANDOM_MODEL = CONTROL_PREFIX + "random_model"
 _CERTAIN = 1 - 1e-9  # a baseline that is right on every pair
 
 
@@ -119,6 +123,7 @@ class SeedMean:
     task_accuracy: float | None
     seconds: float
     kinds: tuple[tuple[str, float], ...] = ()  # kind of pairs -> IIA on them, mean over seeds
+    facts: tuple[tuple[str, float], ...] = ()  # numbers the method learned or measured, mean over seeds
 
     @property
     def is_control(self) -> bool:
@@ -129,6 +134,28 @@ class SeedMean:
     def interval(self) -> Interval:
         """Return (low, high)."""
         return self.low, self.high
+
+    @property
+    def spread(self) -> float | None:
+        """Return the standard deviation over seeds (n - 1 in the denominator), None for a single seed."""
+        return stdev(self.values) if len(self.values) > 1 else None
+
+    def fact(self, name: str) -> float | None:
+        """Return one of `facts` by its name, None if it was not told for every seed."""
+        return dict(self.facts).get(name)
+
+    @property
+    def rank_text(self) -> str:
+        """Return "rank 8/576": dimensions swapped (`hard_rank`, if learned) of `width`; "whole width" if all.
+
+        A mask's `mask_size` is told as "13 features", for its features need not be dimensions.
+        """
+        width, learned, features = self.fact("width"), self.fact("hard_rank"), self.fact("mask_size")
+        if features is not None:
+            return f"{f'{features:.1f}'.removesuffix('.0')} features"
+        rank = self.cell.rank if learned is None else learned
+        of = "" if width is None else f"/{width:.0f}"
+        return "whole width" if rank is None else f"rank {f'{rank:.1f}'.removesuffix('.0')}{of}"
 
     @property
     def best_baseline(self) -> Baseline:
@@ -158,9 +185,9 @@ class SeedMean:
 
 
 def method_text(method: str, rank: int | None) -> str:
-    """Return "DAS rank 8" for ("das", 8), "full vector" for ("full_vector", None)."""
+    """Return "DAS rank 8" for ("das", 8), "full vector" for ("full_vector", None), "control rival output"."""
     plain = method.removeprefix(CONTROL_PREFIX)
-    name = METHOD_NAMES.get(plain, plain.replace("_", " "))
+    name = " ".join(_WORDS.get(word, word) for word in re.split("[_:]", plain))
     rank_part = "" if rank is None else f" rank {rank}"
     return f"{'control ' if method.startswith(CONTROL_PREFIX) else ''}{name}{rank_part}"
 
@@ -199,12 +226,15 @@ def _mean(rows: Sequence[Row]) -> SeedMean:
         baselines=tuple(_baseline(name, [row.baselines[name] for row in rows], n) for name in names),
         task_accuracy=fmean(accuracies) if accuracies else None,
         seconds=sum(row.seconds for row in rows),
-        kinds=tuple(
-            (kind, fmean(row.kinds[kind] for row in rows))
-            for kind in first.kinds
-            if all(kind in row.kinds for row in rows)
-        ),
+        kinds=_shared_means([row.kinds for row in rows]),
+        facts=_shared_means([row.facts for row in rows]),
     )
+
+
+def _shared_means(told: Sequence[Mapping[str, float]]) -> tuple[tuple[str, float], ...]:
+    """Return the mean of each name that every mapping has, in the order of the first."""
+    shared = [name for name in told[0] if all(name in one for one in told)]
+    return tuple((name, fmean(one[name] for one in told)) for name in shared)
 
 
 def _baseline(name: str, values: Sequence[float], n: int) -> Baseline:
@@ -226,6 +256,7 @@ class Verdict:
     baseline: Baseline
     above: bool
     candidates: int
+    controls: tuple[SeedMean, ...] = ()  # on test, each at the reported place if it was run there
 
     @property
     def trivial(self) -> tuple[str, ...]:
@@ -239,6 +270,22 @@ class Verdict:
         text = f"{self.reported}, best trivial baseline {self.baseline}: {where}."
         text = text[0].upper() + text[1:]
         return " ".join([text, *(_trivial_text(self.variable, name) for name in self.trivial)])
+
+    @property
+    def line(self) -> str:
+        """Return the verdict on one line, of what there is.
+
+        "IIA .91 [.88,.93], best trivial .65, random-init .52, rank 8/576, sd .01 over 3 seeds"
+        """
+        score = self.reported
+        parts = [f"IIA {short(score.iia)} [{short(score.low)},{short(score.high)}]"]
+        parts.append(f"best trivial {short(self.baseline.value)}")
+        same = [one for one in self.controls if _same(one.cell, score.cell) == (True, True)]  # else not its control
+        parts += [f"random-init {short(one.iia)}" for one in same if one.cell.method == RANDOM_MODEL]
+        parts.append(score.rank_text)
+        if score.spread is not None:
+            parts.append(f"sd {short(score.spread)} over {len(score.values)} seeds")
+        return ", ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
         """Return what `result.json` keeps: numbers with n, interval and split, and the sentence."""
@@ -266,8 +313,17 @@ class Verdict:
             "above_best_baseline": self.above,
             "trivially_solved_by": list(self.trivial),
             "task_accuracy": score.task_accuracy,
+            "facts": dict(score.facts),
+            "sd": score.spread,
+            "controls": {one.cell.method: [one.iia, one.low, one.high] for one in self.controls},
+            "line": self.line,
             "sentence": self.sentence,
         }
+
+
+def short(share: float) -> str:
+    """Return a share as ".91", and as "1.00" where it rounds to one."""
+    return f"{share:.2f}".removeprefix("0")
 
 
 def _trivial_text(variable: str, name: str) -> str:
@@ -286,6 +342,7 @@ def verdict(rows: Iterable[Row]) -> Verdict:
         NoVerdict: rows of several tasks, models or variables; no candidate on select; or the chosen cell lacks, on
             test, a seed it has on select.
     """
+    rows = list(rows)
     candidates = [row for row in rows if not row.is_control]
     about = {(row.task, row.model, row.variable) for row in candidates}
     if len(about) > 1:
@@ -313,4 +370,19 @@ def verdict(rows: Iterable[Row]) -> Verdict:
         baseline=reported.best_baseline,
         above=reported.above_baselines,
         candidates=len(on_select),
+        controls=_controls(mean_over_seeds(row for row in rows if row.is_control), reported),
     )
+
+
+def _controls(means: Iterable[SeedMean], reported: SeedMean) -> tuple[SeedMean, ...]:
+    """Return each control on test, once: of its ranks and places the reported one, or else where it scores highest."""
+    own = [one for one in means if one.split == "test" and one.cell[:3] == reported.cell[:3]]
+    found: dict[str, SeedMean] = {}
+    for mean in sorted(own, key=lambda one: (*_same(one.cell, reported.cell), one.iia)):
+        found[mean.cell.method] = mean
+    return tuple(found.values())
+
+
+def _same(control: Cell, reported: Cell) -> tuple[bool, bool]:
+    place = (control.site, control.positions) == (reported.site, reported.positions)
+    return place, place and control.rank == reported.rank

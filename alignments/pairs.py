@@ -1,38 +1,57 @@
-"""Pairs as tensors: tokenised, left-padded, with their positions marked, run once through the frozen model.
+"""Pairs as tensors, run once through the frozen model, so that a fit recomputes only what its plan can change.
 
-`PairData` is what `fit` and `evaluate` read: labels, and the logits of some pairs under a plan. `LanguagePairs` gives
-it for prompts, by suffix recomputation; `VectorPairs` for any module on input vectors, by full passes.
+`PairData` is what `fit`, `evaluate` and the methods read: labels, the logits of some pairs under a plan, activations,
+and the values of the searched variable. `LanguagePairs` gives it for prompts, by suffix recomputation; `VectorPairs`
+(its own file) for any module on input vectors, by full passes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from intervene import AllTokens, Intervention, Plan, Sources, capture, intervene
+from alignments.space import Draft, Held, Memory, Space, activation_key
+from alignments.tokens import Tokens, encode, first_token
+from intervene import Intervention, Plan, Positions, Zero, capture
 from intervene.errors import BadPosition, ShapeMismatch
-from intervene.families import resolve
+from intervene.families import locate, resolve
 from intervene.marked import Marked
 from intervene.sites import Site
-from intervene.suffix import Prefix, call_inputs, join, positions_of, prefix_of, suffix_logits
-from tasks.base import Example, Pair
-from tasks.tokens import token_ids, token_span
+from intervene.suffix import (
+    Prefix,
+    at_marks,
+    call_inputs,
+    first_block,
+    positions_of,
+    prefix_from,
+    prefix_of,
+    suffix_logits,
+    tensors_of,
+)
+from tasks.base import Pair
 
 Progress = Callable[[int, int], None]  # (batches done, batches in all)
+Values = tuple[Sequence[Any], Sequence[Any]]
+ROW_BY_ROW = ("stream/", "keys/", "values/")
 
 
 class PairData(Protocol):
-    """Base/source pairs ready to be aligned. `labels` (N,) are the counterfactual answers' ids.
+    """Base/source pairs ready to be aligned.
 
-    `kinds` names each pair's kind, by which scores are told apart; empty where there is only one.
+    `labels` (N,) are the counterfactual answers' ids. `kinds` names each pair's kind, by which scores are told apart;
+    empty where there is only one. `values` are those of the searched variable on each base and each source, empty if
+    unknown. `base_answers` (N,) are the ids of the bases' own right answers. `correct` (N,) bool says of which pairs
+    the unedited model answers base and source rightly; None: not known.
     """
 
     labels: Tensor
+    base_answers: Tensor
     kinds: Sequence[str]
+    values: Values
+    correct: Tensor | None
 
     def __len__(self) -> int: ...
 
@@ -40,55 +59,9 @@ class PairData(Protocol):
         """Return (b, V): the answer logits of pairs `rows` (b,) under `plan`, differentiable in the plan."""
         ...
 
-
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """Tokenised examples: ids and mask (N, S) left-padded; marks name -> (N, P) columns; answers (N,)."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    marks: dict[str, Tensor]
-    answers: Tensor
-
-    def batch(self, rows: slice) -> dict[str, Any]:
-        """Return the inputs of some examples, marks included."""
-        marks = {name: columns[rows] for name, columns in self.marks.items()}
-        return {"input_ids": self.input_ids[rows], "attention_mask": self.attention_mask[rows], "marks": marks}
-
-
-def first_token(tokenizer: Any, text: str) -> int:
-    """Return the id of the first token of `text`, as it continues a prompt."""
-    return token_ids(tokenizer, text)[0]
-
-
-def encode(tokenizer: Any, examples: Sequence[Example], positions: Sequence[str], device: str | torch.device) -> Tokens:
-    """Return `examples` tokenised and left-padded, each of `positions` marked by the last token of its span.
-
-    Raises:
-        BadPosition: an example has no span of that name.
-    """
-    ids = [list(tokenizer(example.prompt)["input_ids"]) for example in examples]
-    length = max(map(len, ids))
-    pads = [length - len(one) for one in ids]
-    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    marks: dict[str, Tensor] = {}
-    for name in positions:
-        columns = [[pad + _mark(tokenizer, example, name)] for example, pad in zip(examples, pads, strict=True)]
-        marks[name] = torch.tensor(columns, device=device)
-    return Tokens(
-        input_ids=torch.tensor([[filler] * pad + one for one, pad in zip(ids, pads, strict=True)], device=device),
-        attention_mask=torch.tensor([[0] * pad + [1] * (length - pad) for pad in pads], device=device),
-        marks=marks,
-        answers=torch.tensor([first_token(tokenizer, example.answer) for example in examples], device=device),
-    )
-
-
-def _mark(tokenizer: Any, example: Example, name: str) -> int:
-    if name not in example.spans:
-        raise BadPosition(
-            f"Position {name!r}: {example.prompt!r} marks only {', '.join(example.spans)}. Name one of those."
-        )
-    return token_span(tokenizer, example.prompt, example.spans[name])[-1]
+    def activations(self, site: Site, positions: Positions) -> tuple[Tensor, Tensor]:
+        """Return the activations of bases and of sources, (N, P, D) each."""
+        ...
 
 
 class LanguagePairs:
@@ -98,9 +71,14 @@ class LanguagePairs:
     that a training step runs only the blocks above the site on the tokens from the edited position on.
 
     Args:
-        sites: residual-stream sites to search, block_output only; their stream is kept for bases and sources.
-        positions: names of the tasks' marked tokens.
+        sites: sites to search; their activations are kept for bases and sources, at the marked positions.
+        positions: names of the tasks' marked tokens, or absolute columns.
         kinds: one name per pair, by which scores are told apart.
+        values: the searched variable's value on each base and on each source.
+        variables: with several variables, their names in the order of the plan's interventions. A pair then changes
+            only the one it names (`Pair.variable`): the others' interventions get the base itself as source.
+        space: where the activations live; with `Disk` the passes are left out if an earlier run has made them.
+            `cached` says whether they were.
     """
 
     def __init__(
@@ -113,70 +91,162 @@ class LanguagePairs:
         positions: Sequence[str],
         batch_size: int = 32,
         kinds: Sequence[str] = (),
+        values: Values = ((), ()),
+        variables: Sequence[str] = (),
+        space: Space | None = None,
         progress: Progress | None = None,
     ) -> None:
         if isinstance(positions, str):
             raise ShapeMismatch(f"LanguagePairs: positions is the text {positions!r}. Write [{positions!r}].")
         if not len(pairs):
             raise ShapeMismatch("LanguagePairs: no pairs were given. Draw at least one.")
-        parsed = [Site.parse(site) for site in sites]
-        other = [str(site) for site in parsed if site.component != "block_output"]
-        if other:
-            raise ShapeMismatch(
-                f"Sites {', '.join(other)}: the search keeps block_output only. Name block_output sites."
-            )
-        self.model = model
-        self.kinds: Sequence[str] = tuple(kinds)
-        self.sites = tuple(resolve(model, site).site for site in parsed)
         device = next(model.parameters()).device
         base = encode(tokenizer, [pair.base for pair in pairs], positions, device)
         source = encode(tokenizer, [pair.source for pair in pairs], positions, device)
-        self.labels = torch.tensor([first_token(tokenizer, pair.label) for pair in pairs], device=device)
+        labels = [first_token(tokenizer, pair.label, pair.base.prompt) for pair in pairs]
+        self.kinds: Sequence[str] = tuple(kinds)
+        self.values = values
+        self.variables = tuple(variables)
+        self.changed = None if len(variables) < 2 else _named_variables([pair.variable for pair in pairs], variables)
+        self._prepare(model, base, source, torch.tensor(labels, device=device), sites, batch_size, space, progress)
+
+    @classmethod
+    def from_tokens(
+        cls,
+        model: nn.Module,
+        base: Tokens,
+        source: Tokens,
+        labels: Tensor,
+        *,
+        sites: Sequence[Site | str],
+        changed: Sequence[str] = (),
+        variables: Sequence[str] = (),
+        batch_size: int = 32,
+        kinds: Sequence[str] = (),
+        space: Space | None = None,
+        progress: Progress | None = None,
+    ) -> LanguagePairs:
+        """Return pairs of prompts that are tokens already, on the model's device; nothing is decoded or encoded.
+
+        `labels` (N,) are the counterfactual answers, `changed` names the variable that each pair interchanges, which
+        is read where there are several. Answers of -1 in base or source are unknown: `correct` then is None, and the
+        model's own top tokens stand in for `base_answers` and `source_answers`.
+        """
+        made = cls.__new__(cls)
+        made.kinds, made.values, made.variables = tuple(kinds), ((), ()), tuple(variables)
+        made.changed = None if len(variables) < 2 else _named_variables(changed, variables)
+        made._prepare(model, base, source, labels, sites, batch_size, space, progress)
+        return made
+
+    def _prepare(
+        self,
+        model: nn.Module,
+        base: Tokens,
+        source: Tokens,
+        labels: Tensor,
+        sites: Sequence[Site | str],
+        batch_size: int,
+        space: Space | None,
+        progress: Progress | None,
+    ) -> None:
+        """Run bases and sources once."""
+        _same_marks(base, source)
+        device = labels.device
+        self.model, self.base, self.source, self.labels = model, base, source, labels
+        self.sites = tuple(resolve(model, site).site for site in map(Site.parse, sites))
         self.base_answers, self.source_answers = base.answers, source.answers
-        starts = range(0, len(pairs), batch_size)
-        self.prefix: Prefix = self._bases(base, starts, batch_size, progress)
-        self.streams, self.source_logits = self._sources(source, starts, batch_size, progress)
+        held = self._held(space or Memory(), batch_size, progress)
+        # What methods read whole lies where the model is; streams, keys and values are fetched row by row.
+        far = device.type != "cpu"
+        near = {
+            name: one.to(device) if far and one.device.type == "cpu" and not name.startswith(ROW_BY_ROW) else one
+            for name, one in held.tensors.items()
+        }
+        self.prefix: Prefix = prefix_from(self.base.batch(slice(None)), near, **held.facts)
+        self.source_logits = near["source_logits"]
+        base_right, source_right = self.task_correct()
+        known = bool((base.answers >= 0).all() and (source.answers >= 0).all())
+        self.correct: Tensor | None = base_right & source_right if known else None
+        if not known:
+            self.base_answers, self.source_answers = self.prefix.logits.argmax(-1), self.source_logits.argmax(-1)
+        self.streams = {
+            (site, name): near[f"source/{site}/{name}"] for site in self.sites for name in self.source.marks
+        }
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def _bases(self, base: Tokens, starts: range, size: int, progress: Progress | None) -> Prefix:
-        layers = [site.layer for site in self.sites if site.layer is not None]
-        parts = []
-        for done, start in enumerate(starts):
-            parts.append(prefix_of(self.model, base.batch(slice(start, start + size)), layers))
-            _tell(progress, done + 1, 2 * len(starts))
-        return join(parts)
+    def _held(self, space: Space, size: int, progress: Progress | None) -> Held:
+        """Return the activations that `space` has of an earlier run, or those of passes that are run now."""
+        key, total = "", 2 * len(range(0, len(self), size))
+        if space.keeps:
+            key = activation_key(self.model, self.base, self.source, self.sites, batch_size=size)
+        found = space.find(key)
+        self.cached = found is not None
+        if found is not None:
+            _tell(progress, total, total)
+            return found
+        first = self._base(slice(0, size))
+        like = tensors_of(first)
+        like |= {f"source/{name.removeprefix('kept/')}": like[name] for name in list(like) if name[:5] == "kept/"}
+        like["source_logits"] = first.logits
+        layout = {name: ((len(self), *one.shape[1:]), one.dtype) for name, one in like.items()}
+        draft = space.begin(key, layout, {name: one.device for name, one in like.items()})
+        try:
+            return self._filled(draft, first, size, progress)
+        except BaseException:
+            draft.abandon()
+            raise
 
-    def _sources(
-        self, source: Tokens, starts: range, size: int, progress: Progress | None
-    ) -> tuple[dict[tuple[Site, str], Tensor], Tensor]:
-        """Return the sources' stream at each site and marked position, (N, 1, D), and their own last logits (N, V)."""
-        names = list(source.marks)
-        found: dict[tuple[Site, str], list[Tensor]] = {(site, name): [] for site in self.sites for name in names}
-        logits = []
+    def _filled(self, draft: Draft, first: Prefix, size: int, progress: Progress | None) -> Held:
+        """Run all bases but the `first` batch, and all sources, into `draft`."""
+        starts = range(0, len(self), size)
+        exact, difference, noise = True, 0.0, 0.0
         for done, start in enumerate(starts):
-            batch = source.batch(slice(start, start + size))
-            full = {**batch, "position_ids": positions_of(batch["attention_mask"])}
-            with torch.no_grad(), capture(self.model, self.sites, prompt=full) as acts:
-                logits.append(self.model(**call_inputs(self.model, full), use_cache=False).logits[:, -1])
-            row = torch.arange(len(batch["input_ids"]))[:, None]
-            for site in self.sites:
-                for name in names:
-                    found[site, name].append(acts[site][row, batch["marks"][name]])
+            rows = slice(start, start + size)
+            part = self._base(rows) if start else first
+            for name, one in tensors_of(part).items():
+                draft.tensors[name][rows] = one
+            exact, difference, noise = exact and part.exact, max(difference, part.difference), max(noise, part.noise)
+            _tell(progress, done + 1, 2 * len(starts))
+        for done, start in enumerate(starts):
+            rows = slice(start, start + size)
+            for name, one in self._sources(rows).items():
+                draft.tensors[name][rows] = one
             _tell(progress, len(starts) + done + 1, 2 * len(starts))
-        return {key: torch.cat(parts) for key, parts in found.items()}, torch.cat(logits)
+        return draft.finish({"tuples": first.tuples, "exact": exact, "difference": difference, "noise": noise})
+
+    def _base(self, rows: slice) -> Prefix:
+        depth = locate(self.model).n_layers
+        ends = {first_block([Intervention(site, Zero())], depth) for site in self.sites}
+        return prefix_of(self.model, self.base.batch(rows), sorted(ends - {-1}), keep=self.sites)
+
+    def _sources(self, rows: slice) -> dict[str, Tensor]:
+        """Return the sources' activations at each site and mark, (b, P, D), and their own last logits (b, V)."""
+        batch = self.source.batch(rows)
+        full = {**batch, "position_ids": positions_of(batch["attention_mask"])}
+        with torch.no_grad(), capture(self.model, self.sites, prompt=full) as acts:
+            logits: Tensor = self.model(**call_inputs(self.model, full), use_cache=False).logits[:, -1]
+        found = {
+            f"source/{site}/{name}": at_marks(acts[site], columns)
+            for site in self.sites
+            for name, columns in batch["marks"].items()
+        }
+        return {**found, "source_logits": logits}
 
     def task_correct(self) -> tuple[Tensor, Tensor]:
         """Return (N,) bool twice: whether the unedited model's top token answers the base, and the source, rightly."""
         return (
-            self.prefix.logits.argmax(-1) == self.base_answers,
-            self.source_logits.argmax(-1) == self.source_answers,
+            self.prefix.logits.argmax(-1).to(self.labels.device) == self.base_answers,
+            self.source_logits.argmax(-1).to(self.labels.device) == self.source_answers,
         )
 
     def exactness(self) -> str:
         """Return how far suffix recomputation was from full passes, or that full passes are run instead."""
         measured = f"{self.prefix.difference:.1e} of the logits' spread"
+        if self.prefix.logits.dtype != torch.float32:
+            kind = str(self.prefix.logits.dtype).removeprefix("torch.")
+            measured += f" (two full passes in {kind}: {self.prefix.noise:.1e})"
         return measured if self.prefix.exact else f"{measured}: too far, so every pass is a full one (slower)"
 
     def logits(self, plan: Plan, rows: Tensor) -> Tensor:
@@ -185,17 +255,46 @@ class LanguagePairs:
         Raises:
             BadPosition: a source is asked for that was not kept.
         """
-        sources = [self._source(item)[rows] if item.edit.needs_source else None for item in plan]
+        needing = [item for item in plan if item.edit.needs_source]
+        sources = [self._source(item, needing, rows) if item.edit.needs_source else None for item in plan]
         return suffix_logits(self.model, plan, sources, self.prefix.rows(rows))
 
-    def _source(self, item: Intervention) -> Tensor:
-        """Return the sources' activations (N, 1, D) that `item` reads."""
+    def activations(self, site: Site, positions: Positions) -> tuple[Tensor, Tensor]:
+        """Return the activations of bases and sources at a kept site and mark: (N, P, D) each.
+
+        Raises:
+            BadPosition: that site or position was not kept.
+        """
+        key = resolve(self.model, site).site, _name(positions, f"Activations of {site}")
+        return self._kept(self.prefix.kept, key, f"Activations of {site}"), self.streams[key]
+
+    def _source(self, item: Intervention, needing: Sequence[Intervention], rows: Tensor) -> Tensor:
+        """Return the activations (b, P, D) that `item`, one of those `needing` a source, puts in."""
         site = item.site if item.site in self.sites else resolve(self.model, item.site).site
-        found = self.streams.get((site, _marked(item)))
+        where = item.positions if item.source_positions is None else item.source_positions
+        source = self._kept(self.streams, (site, _name(where, str(item))), str(item))[rows]
+        if self.changed is None or len(needing) == 1:
+            return source
+        if len(needing) != len(self.variables):
+            raise ShapeMismatch(
+                f"Plan with {len(needing)} interventions that need a source: the pairs change "
+                f"{', '.join(self.variables)}. Give one intervention for each, or one for all."
+            )
+        number = next(index for index, one in enumerate(needing) if one is item)
+        own = self._kept(self.prefix.kept, (site, _name(item.positions, str(item))), str(item))[rows]
+        return torch.where(self.changed[rows, number][:, None, None].to(source.device), source, own)
+
+    def _kept(self, held: dict[tuple[Site, str], Tensor], key: tuple[Site, str], what: str) -> Tensor:
+        found = held.get(key)
         if found is None:
             kept = ", ".join(f"{one} @ {name}" for one, name in self.streams)
-            raise BadPosition(f"{item}: these pairs keep only {kept}. Name its site and position when making them.")
+            raise BadPosition(f"{what}: these pairs keep only {kept}. Name its site and position when making them.")
         return found
+
+
+def _named_variables(changed: Sequence[str], variables: Sequence[str]) -> Tensor:
+    """Return (N, number of variables) bool: which of them each pair interchanges."""
+    return torch.tensor([[name == one for name in variables] for one in changed])
 
 
 def _tell(progress: Progress | None, done: int, total: int) -> None:
@@ -203,42 +302,16 @@ def _tell(progress: Progress | None, done: int, total: int) -> None:
         progress(done, total)
 
 
-def _marked(item: Intervention) -> str:
-    where = item.positions if item.source_positions is None else item.source_positions
-    if not isinstance(where, Marked):
-        raise BadPosition(f"{item}: a search works on marked positions. Use Marked('<name>').")
-    return where.name
-
-
-class VectorPairs:
-    """Pairs of input vectors (N, W) for any module that maps (N, W) to logits (N, V), such as a small MLP."""
-
-    def __init__(self, model: nn.Module, base: Tensor, source: Tensor, labels: Tensor) -> None:
-        if not len(base) == len(source) == len(labels) or not len(base):
-            raise ShapeMismatch(
-                f"VectorPairs: {len(base)} bases, {len(source)} sources, {len(labels)} labels. Give as many of each."
+def _same_marks(base: Tokens, source: Tokens) -> None:
+    for name, columns in base.marks.items():
+        if columns.shape[1] != source.marks[name].shape[1]:
+            raise BadPosition(
+                f"Position {name!r}: {columns.shape[1]} tokens in the bases and {source.marks[name].shape[1]} in the "
+                "sources. Use its last token, without [:]."
             )
-        self.model = model
-        self.base = base
-        self.source = source
-        self.labels = labels
-        self.kinds: Sequence[str] = ()
 
-    def __len__(self) -> int:
-        return len(self.labels)
 
-    def logits(self, plan: Plan, rows: Tensor) -> Tensor:
-        """Return (b, V) under `plan`."""
-        sources = self._sources(plan, rows)
-        with intervene(self.model, plan, sources):
-            output: Tensor = self.model(self.base[rows])
-        return output
-
-    def _sources(self, plan: Plan, rows: Tensor) -> Sources:
-        assert all(isinstance(item.positions, AllTokens) for item in plan)
-        wanted = {item.site for item in plan if item.edit.needs_source}
-        if not wanted:
-            return Sources([None] * len(plan))
-        with torch.no_grad(), capture(self.model, list(wanted), stop_after_last=True) as acts:
-            self.model(self.source[rows])
-        return Sources([acts[item.site] if item.edit.needs_source else None for item in plan])
+def _name(where: Positions, what: str) -> str:
+    if not isinstance(where, Marked):
+        raise BadPosition(f"{what}: a search works on marked positions. Use Marked('<name>').")
+    return where.name

@@ -30,7 +30,9 @@ from alignments.rows import BadRow, Row, RowKey
 
 SCHEMA = 1
 # These say how a run is carried out, not what it computes, so a resumption may change them.
-FREE_KEYS = frozenset({"out", "resume", "dry_run", "threads"})
+FREE_KEYS = frozenset(
+    {"out", "resume", "dry_run", "threads", "executor", "workers", "cache", "log_every", "trackers", "wandb_entity"}
+)
 # A resumption that differs in one of these would mix rows of two experiments.
 FIXED_FACTS = frozenset({"model_fingerprint", "data_digests"})
 _PACKAGES = ("torch", "transformers", "safetensors", "numpy", "pydantic", "plotly", "peft", "datasets", "pyvene")

@@ -1,4 +1,4 @@
-"""One self-contained report.html from the rows of a search: verdict, heatmaps, baselines, cells, how it was run.
+"""One self-contained report.html from the rows of a search: verdict, heatmaps, controls, failing pairs, how it was run.
 
     write_report("runs/ioi/report.html", record.finished(), config=config, environment=facts)
 
@@ -9,20 +9,29 @@ report must never cost a finished search.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from alignments.metrics import NoVerdict, SeedMean, Verdict, mean_over_seeds, verdict
+from alignments.metrics import NoVerdict, SeedMean, Verdict, mean_over_seeds, method_text, verdict
 from alignments.report_figures import Figure, comparison, heatmap, heatmap_summary, kind_of_site
+from alignments.report_parts import Entry, entries, figure, interval, json_in_html, line, share, table, whole
+from alignments.report_sections import (
+    control_section,
+    divergence_section,
+    download_section,
+    failure_section,
+    init_section,
+    rank_section,
+    soft_hard_section,
+)
 from alignments.report_template import PAGE, SCRIPT, STYLE
-from alignments.rows import Row
+from alignments.rows import Cell, Row
+from alignments.statistics import Tested, fdr
 
-ABSENT = "-"  # what a table shows where there is no value
-WIDE = 7  # positions of a heatmap from which on half a page is too narrow for its numbers
+MAPS = 8  # heatmaps beyond which only the rank chosen for each method is drawn
 
 
 def write_report(
@@ -32,11 +41,12 @@ def write_report(
     config: Any = None,
     environment: Mapping[str, Any] | None = None,
     lint: Mapping[str, Any] | None = None,
+    examples: Sequence[Mapping[str, Any]] = (),
     title: str | None = None,
 ) -> Path:
     """Write the report of `rows` whole or not at all, and return its path. Arguments as in `render_report`."""
     path = Path(path)
-    page = render_report(rows, config=config, environment=environment, lint=lint, title=title)
+    page = render_report(rows, config=config, environment=environment, lint=lint, examples=examples, title=title)
     part = path.with_name(path.name + ".part")
     part.write_text(page, encoding="utf-8")
     os.replace(part, path)
@@ -49,12 +59,14 @@ def render_report(
     config: Any = None,
     environment: Mapping[str, Any] | None = None,
     lint: Mapping[str, Any] | None = None,
+    examples: Sequence[Mapping[str, Any]] = (),
     title: str | None = None,
 ) -> str:
     """Return the page of `rows`, which may be of several variables.
 
     `config` is a mapping or has `to_json()` (a `RunDas` also shows where each value came from); `lint` is the task's
-    own check of its pairs, `environment` what `environment.json` holds: nested mappings, shown as they are.
+    own check of its pairs, `environment` what `environment.json` holds: nested mappings, shown as they are. `examples`
+    are the records of `examples.jsonl`, of which the failing ones are explored.
 
     Raises:
         ValueError: there are no rows.
@@ -67,9 +79,11 @@ def render_report(
     for row in rows:
         groups.setdefault((row.task, row.model, row.variable), []).append(row)
     body = [_variable_section(group, figures, named=len(groups) > 1) for group in groups.values()]
+    if examples:
+        body.append(failure_section(examples))
     if lint:
-        body.append(f"<h2>Check of the task</h2>\n{_entries(lint)}")
-    body += _run_sections(config, environment)
+        body.append(f"<h2>Check of the task</h2>\n{entries(lint)}")
+    body += [*_run_sections(config, environment), download_section(rows)]
     tasks, models = ({key[place] for key in groups} for place in (0, 1))
     variables = ", ".join(dict.fromkeys(key[2] for key in groups))
     heading = title or f"Where does the model keep “{variables}”?"
@@ -81,7 +95,7 @@ def render_report(
         subtitle=escape(subtitle),
         style=STYLE,
         body="\n".join(body),
-        figures=_json_in_html(figures),
+        figures=json_in_html(figures),
         plotly=get_plotlyjs(),
         script=SCRIPT,
     )
@@ -92,26 +106,37 @@ def _variable_section(rows: Sequence[Row], figures: dict[str, Figure], *, named:
     means = mean_over_seeds(rows)
     best, reason = _try_verdict(rows)
     per_method = _verdict_per_method(rows)
-    chosen = {one.reported.cell for one in per_method}
+    split = _shown_split(means)
+    shown = [mean for mean in means if mean.split == split]
+    on_select = {mean.cell: mean.iia for mean in means if mean.split == "select"}
     parts = [f"<h2>{escape(rows[0].variable)}</h2>"] if named else []
-    parts.append(_verdict_box(best, reason, per_method))
-    parts.append(_heatmap_section(means, per_method, figures))
+    parts += [_verdict_box(best, reason, per_method), _heatmap_section(shown, per_method, on_select, figures)]
     if best is not None:
-        controls = _controls(means, best)
-        name = f"figure-{len(figures)}"
-        figures[name] = comparison(best, [one.reported for one in per_method], controls)
-        summary = "Best cells, controls and trivial baselines with intervals: " + "; ".join(
-            [str(one.reported) for one in per_method] + [str(one) for one in (*controls, *best.reported.baselines)]
-        )
-        parts.append(
-            "<h2>Best cells against what needs no model</h2>\n"
-            '<p class="soft">Each best cell was chosen on the select split and is shown on test. Thin ticks are single '
-            "seeds. The dashed line is the upper end of the best trivial baseline's interval.</p>\n"
-            + _figure(name, "", summary, figures[name])
-            + _baseline_table(best)
-        )
-    parts.append(_cell_table(means, chosen))
-    return "\n".join(parts)
+        parts.append(_comparison_section(best, per_method, figures))
+    parts += [
+        rank_section(rows, best, figures),
+        init_section(rows, split),
+        soft_hard_section(shown),
+        divergence_section(shown),
+        _cell_table(means, {one.reported.cell for one in per_method}),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _comparison_section(best: Verdict, per_method: Sequence[Verdict], figures: dict[str, Figure]) -> str:
+    name = f"figure-{len(figures)}"
+    figures[name] = comparison(best, [one.reported for one in per_method], best.controls)
+    summary = "Best cells, controls and trivial baselines with intervals: " + "; ".join(
+        [str(one.reported) for one in per_method] + [str(one) for one in (*best.controls, *best.reported.baselines)]
+    )
+    return (
+        "<h2>Best cells against controls and what needs no model</h2>\n"
+        '<p class="soft">Each best cell was chosen on the select split and is shown on test. Thin ticks are single '
+        "seeds. The dashed line is the upper end of the best trivial baseline's interval.</p>\n"
+        + figure(name, "Best cells, controls and trivial baselines", summary, figures[name])
+        + control_section(best)
+        + _baseline_table(best)
+    )
 
 
 def _try_verdict(rows: Sequence[Row]) -> tuple[Verdict | None, str]:
@@ -122,20 +147,10 @@ def _try_verdict(rows: Sequence[Row]) -> tuple[Verdict | None, str]:
 
 
 def _verdict_per_method(rows: Sequence[Row]) -> list[Verdict]:
-    """Return the verdict on each method and rank alone, where there is one."""
-    methods = dict.fromkeys((row.method, row.rank) for row in rows if not row.is_control)
-    alone = [_try_verdict([row for row in rows if (row.method, row.rank) == method])[0] for method in methods]
+    """Return the verdict on each method alone, over all its ranks, where there is one."""
+    methods = dict.fromkeys(row.method for row in rows if not row.is_control)
+    alone = [_try_verdict([row for row in rows if row.method == method])[0] for method in methods]
     return [one for one in alone if one is not None]
-
-
-def _controls(means: Sequence[SeedMean], best: Verdict) -> list[SeedMean]:
-    """Return each control on test: at the reported place if it was run there, else where it scores highest."""
-    place = (best.reported.cell.site, best.reported.cell.positions)
-    found: dict[tuple[str, int | None], SeedMean] = {}
-    on_test = [mean for mean in means if mean.split == "test" and mean.is_control]
-    for mean in sorted(on_test, key=lambda one: ((one.cell.site, one.cell.positions) == place, one.iia)):
-        found[mean.cell.method, mean.cell.rank] = mean
-    return list(found.values())
 
 
 def _verdict_box(best: Verdict | None, reason: str, per_method: Sequence[Verdict]) -> str:
@@ -157,32 +172,62 @@ def _verdict_box(best: Verdict | None, reason: str, per_method: Sequence[Verdict
     return (
         f'<section class="verdict {"good" if good else "bad"}" aria-label="Verdict">\n'
         f'<p class="label">{label}</p>\n<p class="sentence">{escape(best.sentence)}</p>\n'
+        f"<p><code>{escape(best.line)}</code></p>\n"
         f'<p class="soft">{escape(" ".join(notes))}</p>\n{more if others else ""}</section>'
     )
 
 
-def _heatmap_section(means: Sequence[SeedMean], per_method: Sequence[Verdict], figures: dict[str, Figure]) -> str:
-    grouped: dict[tuple[str, int | None, str], list[SeedMean]] = {}
-    split = _shown_split(means)
-    for mean in means:
-        if mean.split == split:
-            grouped.setdefault((mean.cell.method, mean.cell.rank, kind_of_site(mean)), []).append(mean)
-    chosen = {(one.reported.cell.method, one.reported.cell.rank): one.reported for one in per_method}
+def _heatmap_section(
+    means: Sequence[SeedMean],
+    per_method: Sequence[Verdict],
+    on_select: Mapping[Cell, float],
+    figures: dict[str, Figure],
+) -> str:
+    """Return the heatmaps of `means`, all of one split; in each the cell that is best on select is outlined."""
+    tested = _tested(means)
+    candidates = sum(not mean.is_control for mean in means)
+    chosen = {one.reported.cell.method: one.reported for one in per_method}
     drawn: list[str] = []
-    for (method, rank, kind), group in grouped.items():
-        if group[0].is_control and len(group) == 1:
-            continue  # no map: the comparison below shows it
+    maps, note = _maps(means, chosen)
+    for (method, rank, kind), group in maps.items():
         name = f"figure-{len(figures)}"
-        best = chosen.get((method, rank))
-        figures[name] = heatmap(group, best if best is not None and kind_of_site(best) == kind else None)
-        caption = f"{group[0].method_text}, {kind}"
-        drawn.append(_figure(name, caption, heatmap_summary(group), figures[name]))
+        known = [mean for mean in group if mean.cell in on_select]
+        best = max(known, key=lambda mean: on_select[mean.cell], default=None)
+        figures[name] = heatmap(group, best, tested)
+        caption = f"{method_text(method, rank)}, {kind}"
+        drawn.append(figure(name, caption, heatmap_summary(group, tested), figures[name]))
     return (
         "<h2>IIA by layer and position</h2>\n"
-        f'<p class="soft">Mean over seeds on the {split} split; point at a cell for its interval and every seed. '
-        "A star: the interval lies above that of the best trivial baseline. Outlined: the cell chosen on select.</p>\n"
+        f'<p class="soft">Mean over seeds on the {means[0].split} split; point at a cell for its interval and every '
+        "seed. A star: significantly above the best trivial baseline on the same pairs (exact binomial test, false "
+        f"discovery rate 5 % over all {candidates} cells). Outlined: the best of each map on select.{note}</p>\n"
         f'<div class="figures">{"".join(drawn)}</div>'
     )
+
+
+def _tested(means: Sequence[SeedMean]) -> dict[Cell, Tested]:
+    """Return the tests of all cells; controls are a family of their own, for they are no candidates."""
+    families = [[mean for mean in means if mean.is_control is control] for control in (False, True)]
+    return {one.mean.cell: one for family in families for one in fdr(family)}
+
+
+Maps = dict[tuple[str, int | None, str], list[SeedMean]]
+
+
+def _maps(means: Sequence[SeedMean], chosen: Mapping[str, SeedMean]) -> tuple[Maps, str]:
+    """Return the cells of each heatmap worth drawing, and a note on those that are not."""
+    grouped: Maps = {}
+    for mean in means:
+        grouped.setdefault((mean.cell.method, mean.cell.rank, kind_of_site(mean)), []).append(mean)
+    # A single cell is no map: the comparison or the rank curve shows it.
+    several = {key: group for key, group in grouped.items() if len(group) > 1}
+    maps = several or {key: group for key, group in grouped.items() if not group[0].is_control} or grouped
+    if several and len(maps) <= MAPS:
+        return maps, ""
+    ranks = {method: mean.cell.rank for method, mean in chosen.items()}
+    fewer = {key: group for key, group in maps.items() if ranks.get(key[0], key[1]) == key[1]}
+    note = f" Of each method the rank chosen is drawn: {len(fewer)} of {len(maps)} maps."
+    return fewer, note if len(fewer) < len(maps) else ""
 
 
 def _shown_split(means: Sequence[SeedMean]) -> str:
@@ -191,23 +236,13 @@ def _shown_split(means: Sequence[SeedMean]) -> str:
     return max(counts, key=lambda split: counts[split])
 
 
-def _figure(name: str, caption: str, summary: str, figure: Figure) -> str:
-    head = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    height = int(figure["layout"]["height"])
-    wide = len(figure["data"][0]["x"]) > WIDE and figure["data"][0]["type"] == "heatmap"
-    drawn = f'<div id="{name}" role="img" aria-label="{escape(summary)}" style="height: {height}px"></div>'
-    return f"<figure{_class('wide' if wide else '')}>{head}{drawn}</figure>\n"
-
-
 def _baseline_table(best: Verdict) -> str:
     ordered = sorted(best.reported.baselines, key=lambda one: -one.value)
     lines = [
-        _line(
-            [(one.name, None, ""), (f"{one.value:.3f}", one.value, "number"), _interval(one), _whole(best.reported.n)]
-        )
+        line([(one.name, None, ""), (f"{one.value:.3f}", one.value, "number"), interval(one), whole(best.reported.n)])
         for one in ordered
     ]
-    return _table(["Trivial baseline", "#Score", "#95 % interval", "#n"], lines, narrow=True)
+    return table(["Trivial baseline", "#Score", "#95 % interval", "#n"], lines, narrow=True)
 
 
 def _cell_table(means: Sequence[SeedMean], chosen: set[Any]) -> str:
@@ -218,7 +253,7 @@ def _cell_table(means: Sequence[SeedMean], chosen: set[Any]) -> str:
     ordered = sorted(splits.values(), key=lambda one: -one["select"].iia if "select" in one else 1)
     reported = [one.get("test") or one.get("select") or one["train"] for one in ordered]
     mixed = len({mean.split for mean in reported}) > 1
-    told = any(mean.kinds for mean in reported)
+    by_kind = any(mean.kinds for mean in reported)
     lines = []
     for one, shown in zip(ordered, reported, strict=True):
         select = one.get("select")
@@ -226,69 +261,31 @@ def _cell_table(means: Sequence[SeedMean], chosen: set[Any]) -> str:
         accuracy = shown.task_accuracy
         seconds = sum(mean.seconds for mean in one.values())
         seeds = ", ".join(f"{value:.2f}" for value in shown.values)
-        entries: list[Entry] = [
+        told: list[Entry] = [
             (shown.method_text, None, "name"),
-            (shown.cell.site, shown.layer, "nowrap"),
-            (shown.position_label, None, ""),
-            (ABSENT if select is None else f"{select.iia:.3f}", None if select is None else select.iia, "number"),
+            (shown.cell.site, shown.layer, "place"),
+            (shown.position_label, None, "label"),
+            share(None if select is None else select.iia),
             *([(shown.split, None, "")] if mixed else []),
-            (f"{shown.iia:.3f}", shown.iia, "number"),
-            _interval(shown),
-            _whole(shown.n),
-            (seeds, min(shown.values), "number"),
-            *([(", ".join(f"{name} {value:.2f}" for name, value in shown.kinds), None, "nowrap")] if told else []),
-            (f"{baseline.name} {baseline.value:.2f}", baseline.value, "nowrap"),
+            share(shown.iia),
+            interval(shown),
+            whole(shown.n),
+            (seeds, min(shown.values), "few"),
+            *([(", ".join(f"{name} {value:.2f}" for name, value in shown.kinds), None, "")] if by_kind else []),
+            (f"{baseline.name} {baseline.value:.2f}", baseline.value, "few"),
             ("above", 1, "yes") if shown.above_baselines else ("no", 0, ""),
-            (ABSENT if accuracy is None else f"{accuracy:.2f}", accuracy, "number"),
-            (f"{seconds:.1f}", seconds, "number"),
+            share(accuracy, 2),
+            share(seconds, 1),
         ]
-        lines.append(_line(entries, "chosen" if shown.cell in chosen else ""))
+        lines.append(line(told, "chosen" if shown.cell in chosen else ""))
     score = ["Split", "#IIA"] if mixed else [f"#IIA on {reported[0].split}"]
-    heads = ["Method", "Site", "Position", "#On select", *score, "#95 % interval", "#n", "#Each seed"]
-    heads += ["By kind of pair"] if told else []
+    heads = ["Method", "Site", "Position", "#On select", *score, "#95 % interval", "#n", "Each seed"]
+    heads += ["By kind of pair"] if by_kind else []
     heads += ["Best trivial", "Above it", "#Task acc.", "#Seconds"]
     return (
         "<h2>Every cell</h2>\n"
         '<p class="soft">Best on select first; a press on a heading sorts. Marked lines are the cells chosen.</p>\n'
-        + _table(heads, lines, sortable=True)
-    )
-
-
-Entry = tuple[str, float | None, str]  # text, what to sort by if not the text, class
-
-
-def _interval(score: Any) -> Entry:
-    return f"[{score.low:.3f}, {score.high:.3f}]", score.low, "number"
-
-
-def _whole(number: int) -> Entry:
-    return str(number), number, "number"
-
-
-def _line(entries: Sequence[Entry], css: str = "") -> str:
-    cells = []
-    for text, value, kind in entries:
-        sort = ("" if text == ABSENT else text) if value is None else repr(float(value))
-        cells.append(f'<td{_class(kind)} data-value="{escape(sort)}">{escape(text)}</td>')
-    return f"<tr{_class(css)}>{''.join(cells)}</tr>"
-
-
-def _class(name: str) -> str:
-    return f' class="{name}"' if name else ""
-
-
-def _table(heads: Sequence[str], lines: Sequence[str], *, sortable: bool = False, narrow: bool = False) -> str:
-    """Return a table; a heading that begins with # heads a column of numbers."""
-    cell: Callable[[str], str] = (lambda text: f'<button type="button">{text}</button>') if sortable else str
-    shown = "".join(
-        f'<th scope="col"{_class("number" if head.startswith("#") else "")}>{cell(escape(head.lstrip("#")))}</th>'
-        for head in heads
-    )
-    body = "\n".join(lines)
-    opening = f"<table{_class('narrow' if narrow else '')}>"
-    return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="Table">{opening}'
-        f"<thead><tr>{shown}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
+        + table(heads, lines, sortable=True)
     )
 
 
@@ -297,37 +294,7 @@ def _run_sections(config: Any, environment: Mapping[str, Any] | None) -> list[st
     if config is not None:
         values = config.to_json() if hasattr(config, "to_json") else dict(config)
         sources = getattr(config, "sources", None) or {}
-        sections.append(f"<details><summary>Configuration</summary>\n{_entries(values, sources)}</details>")
+        sections.append(f"<details><summary>Configuration</summary>\n{entries(values, sources)}</details>")
     if environment:
-        sections.append(f"<details><summary>Environment</summary>\n{_entries(environment)}</details>")
+        sections.append(f"<details><summary>Environment</summary>\n{entries(environment)}</details>")
     return ["<h2>How it was run</h2>", *sections] if sections else []
-
-
-def _entries(values: Mapping[str, Any], sources: Mapping[str, str] | None = None) -> str:
-    """Return nested values as a table of dotted names, with a column of sources if there are any."""
-    lines = []
-    for name, value in _flat(values):
-        entries: list[Entry] = [(name, None, "nowrap"), (value, None, "")]
-        if sources:
-            entries.append((sources.get(name, ""), None, ""))
-        lines.append(_line(entries))
-    return _table(["Name", "Value", *(["From"] if sources else [])], lines, narrow=True)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    flat: list[tuple[str, str]] = []
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat += _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, list | tuple) and value and all(isinstance(one, Mapping) for one in value):
-            flat += _flat({str(number): one for number, one in enumerate(value, start=1)}, f"{prefix}{name}.")
-        else:
-            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            flat.append((f"{prefix}{name}", ABSENT if value is None else text))
-    return flat
-
-
-def _json_in_html(value: object) -> str:
-    """Return JSON that cannot end the script element it stands in, whatever its texts hold."""
-    text = json.dumps(value, allow_nan=False)
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

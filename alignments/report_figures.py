@@ -1,4 +1,4 @@
-"""The figures of a report, as plain Plotly dicts: heatmaps of IIA, and best cells against trivial baselines.
+"""The figures of a report, as plain Plotly dicts: heatmaps of IIA, best cells against trivial baselines, rank curves.
 
 Dicts and not `plotly.graph_objects`, so that drawing needs no import; a test lets Plotly check them. Every text that
 comes from a task or a model is escaped, because Plotly reads a little HTML in labels.
@@ -11,7 +11,10 @@ from html import escape
 from itertools import pairwise
 from typing import Any
 
-from alignments.metrics import SeedMean, Verdict
+from alignments.curves import RankCurve
+from alignments.metrics import Baseline, SeedMean, Verdict
+from alignments.rows import Cell
+from alignments.statistics import Tested
 
 Figure = dict[str, Any]
 
@@ -31,10 +34,10 @@ def kind_of_site(mean: SeedMean) -> str:
     return mean.cell.site if mean.layer is None else mean.cell.site.partition(".")[2] or mean.cell.site
 
 
-def heatmap(means: Sequence[SeedMean], chosen: SeedMean | None) -> Figure:
+def heatmap(means: Sequence[SeedMean], chosen: SeedMean | None, tested: Mapping[Cell, Tested]) -> Figure:
     """Return IIA by layer (bottom up) x position, of one method on one kind of site; `chosen` is outlined.
 
-    A star marks cells whose interval lies above that of their best trivial baseline.
+    A star marks cells that `tested` calls discoveries; pointing at a cell tells its adjusted p-value.
     """
     columns = list(dict.fromkeys(mean.cell.positions for mean in means))
     labels = {mean.cell.positions: mean.position_label for mean in means}
@@ -49,7 +52,7 @@ def heatmap(means: Sequence[SeedMean], chosen: SeedMean | None) -> Figure:
         "x": [escape(labels[column]) for column in columns],
         "y": rows,
         "z": [[None if mean is None else mean.iia for mean in line] for line in grid],
-        "hovertext": [[_hover(mean) for mean in line] for line in grid],
+        "hovertext": [[_hover(mean, tested) for mean in line] for line in grid],
         "hovertemplate": "%{hovertext}<extra></extra>",
         "hoverongaps": False,
         "colorscale": [list(stop) for stop in SCALE],
@@ -70,21 +73,26 @@ def heatmap(means: Sequence[SeedMean], chosen: SeedMean | None) -> Figure:
         box = {"x0": column - 0.5, "x1": column + 0.5, "y0": row - 0.5, "y1": row + 0.5}
         layout["shapes"] = [{"type": "rect", **box, "line": {"width": 3}}]
     names = {mean.cell.positions: escape(labels[mean.cell.positions]) for mean in means}
-    return {"data": [trace, _cell_texts(means, names)], "layout": layout}
+    return {"data": [trace, _cell_texts(means, names, tested)], "layout": layout}
 
 
-def _cell_texts(means: Sequence[SeedMean], names: Mapping[str, str]) -> Figure:
+def _cell_texts(means: Sequence[SeedMean], names: Mapping[str, str], tested: Mapping[Cell, Tested]) -> Figure:
     """Return the numbers in the cells as a trace of their own: a heatmap's texts can have only one colour."""
     return {
         "type": "scatter",
         "mode": "text",
         "x": [names[mean.cell.positions] for mean in means],
         "y": [_layer_name(mean.layer) for mean in means],
-        "text": [f"{mean.iia:.2f}{'*' if mean.above_baselines else ''}" for mean in means],
+        "text": [f"{mean.iia:.2f}{'*' if starred(mean, tested) else ''}" for mean in means],
         "textfont": {"color": [ink_on(mean.iia) for mean in means]},
         "hoverinfo": "skip",
         "showlegend": False,
     }
+
+
+def starred(mean: SeedMean, tested: Mapping[Cell, Tested]) -> bool:
+    """Return whether the cell is a discovery among all that were tested."""
+    return mean.cell in tested and tested[mean.cell].significant
 
 
 def colour_at(value: float) -> tuple[float, float, float]:
@@ -108,14 +116,14 @@ def ink_on(value: float) -> str:
     return "#000000" if (luminance(colour_at(value)) + 0.05) ** 2 > 1.05 * 0.05 else "#ffffff"
 
 
-def heatmap_summary(means: Sequence[SeedMean]) -> str:
+def heatmap_summary(means: Sequence[SeedMean], tested: Mapping[Cell, Tested]) -> str:
     """Return what a heatmap shows, for those who cannot see it."""
     low, high = min(means, key=lambda mean: mean.iia), max(means, key=lambda mean: mean.iia)
-    starred = sum(mean.above_baselines for mean in means)
+    stars = sum(starred(mean, tested) for mean in means)
     return (
         f"Heatmap of IIA by layer and position, {high.method_text}, {kind_of_site(high)}, {high.split} split: "
         f"{len(means)} cells from {low.iia:.2f} ({low.cell.site} @ {low.position_label}) to {high.iia:.2f} "
-        f"({high.cell.site} @ {high.position_label}); {starred} above the best trivial baseline. "
+        f"({high.cell.site} @ {high.position_label}); {stars} significantly above their best trivial baseline. "
         "The table of cells holds every number."
     )
 
@@ -189,6 +197,83 @@ def _seed_dots(dots: Sequence[tuple[float, str]], colour: str) -> Figure:
     }
 
 
+# Distinct in hue and lightness on white and on near-black; symbols differ as well.
+CURVES = (
+    ("#3e8fe0", "circle"),
+    ("#d6832b", "diamond"),
+    ("#3fa878", "square"),
+    ("#c162b8", "triangle-up"),
+    ("#868c96", "cross"),
+    ("#d65a5a", "star"),
+)
+
+
+def rank_figure(curves: Sequence[RankCurve], baseline: Baseline | None) -> Figure:
+    """Return IIA by rank, one line per curve with intervals; a ring marks each smallest sufficient rank."""
+    traces: list[Figure] = []
+    rings: list[tuple[int, float]] = []
+    for number, curve in enumerate(curves):
+        colour, symbol = CURVES[number % len(CURVES)]
+        shown = [(point.rank, point.shown) for point in curve.points]
+        points = [(rank, mean) for rank, mean in shown if mean is not None]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": escape(curve.name),
+                "x": [rank for rank, _ in points],
+                "y": [mean.iia for _, mean in points],
+                "text": [f"{escape(str(mean))}, {mean.split} split" for _, mean in points],
+                "hovertemplate": "%{text}<extra></extra>",
+                "marker": {"color": colour, "symbol": symbol, "size": 9},
+                "line": {"color": colour, "width": 2},
+                "error_y": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [mean.high - mean.iia for _, mean in points],
+                    "arrayminus": [mean.iia - mean.low for _, mean in points],
+                    "color": colour,
+                    "thickness": 1.5,
+                    "width": 4,
+                },
+            }
+        )
+        if curve.smallest is not None and curve.smallest.shown is not None and not curve.is_control:
+            rings.append((curve.smallest.rank, curve.smallest.shown.iia))
+    traces.append(_rings(rings))
+    ranks = sorted({point.rank for curve in curves for point in curve.points})
+    layout = _layout(height=340 + 22 * len(curves))
+    layout["xaxis"] |= {"type": "log", "title": {"text": "rank (dimensions swapped)"}, "zeroline": False}
+    layout["xaxis"] |= {"tickvals": ranks, "ticktext": [str(rank) for rank in ranks], "minor": {"ticks": ""}}
+    layout["yaxis"] |= {"range": [-0.02, 1.04], "title": {"text": "IIA"}, "zeroline": False, "tickvals": _TICKS}
+    layout["legend"] = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
+    if baseline is not None:
+        across = {"type": "line", "x0": 0, "x1": 1, "xref": "paper", "y0": baseline.high, "y1": baseline.high}
+        layout["shapes"] = [across | {"line": {"width": 1, "dash": "dash"}}]
+    return {"data": traces, "layout": layout}
+
+
+def _rings(rings: Sequence[tuple[int, float]]) -> Figure:
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "smallest good enough on select",
+        "x": [rank for rank, _ in rings],
+        "y": [value for _, value in rings],
+        "hoverinfo": "skip",
+        "marker": {"color": "#868c96", "symbol": "circle-open", "size": 19, "line": {"width": 2}},
+    }
+
+
+def rank_summary(curves: Sequence[RankCurve]) -> str:
+    """Return what the rank curves show, for those who cannot see them."""
+    told = [
+        f"{curve.name}: " + ", ".join(f"{point.shown.iia:.2f} at {point.rank}" for point in curve.points if point.shown)
+        for curve in curves
+    ]
+    return f"IIA by rank. {'; '.join(told)}."
+
+
 def _entry_name(mean: SeedMean) -> str:
     return f"{escape(mean.method_text)}<br>{escape(mean.cell.site)} @ {escape(mean.position_label)}"
 
@@ -197,7 +282,7 @@ def _layer_name(layer: int | None) -> str:
     return "no layer" if layer is None else f"L{layer}"
 
 
-def _hover(mean: SeedMean | None) -> str:
+def _hover(mean: SeedMean | None, tested: Mapping[Cell, Tested]) -> str:
     if mean is None:
         return ""
     seeds = ", ".join(f"{value:.3f} (seed {seed})" for seed, value in zip(mean.seeds, mean.values, strict=True))
@@ -208,6 +293,7 @@ def _hover(mean: SeedMean | None) -> str:
             f"IIA {mean.iia:.3f} [{mean.low:.3f}, {mean.high:.3f}], n={mean.n}",
             f"seeds: {seeds}",
             f"best trivial baseline: {escape(str(mean.best_baseline))}",
+            *([escape(str(tested[mean.cell]))] if mean.cell in tested else []),
         ]
     )
 

@@ -18,11 +18,11 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main, header { max-width: 1120px; margin: 0 auto; padding: 0 24px; }
+main, header { max-width: 1240px; margin: 0 auto; padding: 0 24px; }
 header { display: flex; gap: 16px; align-items: flex-start; justify-content: space-between; padding-top: 28px; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0; }
 h2 { font-size: 1.2rem; margin: 40px 0 8px; }
-h3 { font-size: 1rem; margin: 0 0 4px; }
+h3 { font-size: 1rem; margin: 20px 0 4px; }
 p { margin: 6px 0; }
 .soft { color: var(--soft); font-size: 0.9rem; }
 code, .number { font-variant-numeric: tabular-nums; }
@@ -44,27 +44,40 @@ button:focus-visible, summary:focus-visible, .scroll:focus-visible { outline: 2p
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 24px; }
 figure { margin: 12px 0 0; min-width: 0; }
 figure.wide { grid-column: 1 / -1; }
-figcaption { font-weight: 600; font-size: 0.95rem; }
+figcaption { font-weight: 600; font-size: 0.95rem; display: flex; gap: 12px; justify-content: space-between;
+  align-items: baseline; }
+.save { flex: none; display: flex; gap: 4px; }
+.save button { background: none; border: 1px solid var(--line); border-radius: 4px; padding: 1px 7px;
+  font-size: 0.72rem; color: var(--soft); }
+.save button:hover { color: var(--ink); background: var(--panel); }
+a { color: var(--focus); }
 .scroll { overflow: auto; max-height: 40rem; }
 .scroll:has(table.narrow) { max-height: none; }
 .scroll thead th { position: sticky; top: 0; background: var(--page); }
 table { border-collapse: collapse; font-size: 0.84rem; width: 100%; }
 table.narrow { width: auto; min-width: min(100%, 480px); margin-top: 12px; }
-th, td { text-align: left; padding: 5px 8px; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.number, th.number { text-align: right; white-space: nowrap; }
-td.name { min-width: 7.5rem; }
-td.nowrap { white-space: nowrap; }
-thead th { color: var(--soft); font-weight: 600; white-space: nowrap; border-bottom-width: 2px; }
+th, td { text-align: left; padding: 5px 7px; border-bottom: 1px solid var(--line); vertical-align: top; }
+td.number, th.number { text-align: right; }
+td.number { white-space: nowrap; }
+td.name { min-width: 6.5rem; }
+td.place, td.label, table.narrow td { overflow-wrap: anywhere; }
+td.place { min-width: 8.9rem; }
+td.label { min-width: 4rem; }
+td.few { min-width: 5.1rem; font-variant-numeric: tabular-nums; }
+thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; border-bottom-width: 2px; }
+thead button { text-align: inherit; }
 thead button { background: none; border: 0; padding: 0; font-weight: inherit; }
-thead button::after { content: " \\2195"; opacity: 0.4; }
+thead button::after { content: " \\2195"; opacity: 0.4; font-size: 0.8em; }
 th[aria-sort="ascending"] button::after { content: " \\2191"; opacity: 1; }
 th[aria-sort="descending"] button::after { content: " \\2193"; opacity: 1; }
-tr.chosen td { background: var(--panel); font-weight: 600; }
+tr.chosen td { background: var(--panel); }
+tr.chosen td.name { font-weight: 600; box-shadow: inset 3px 0 var(--good); }
 .yes { color: var(--good); font-weight: 600; }
+.no { color: var(--bad); font-weight: 600; }
 details { border: 1px solid var(--line); border-radius: 6px; padding: 8px 14px; margin: 12px 0; }
 summary { cursor: pointer; font-weight: 600; }
 footer { margin: 40px 0 32px; }
-@media print { #theme { display: none; } .scroll { overflow: visible; max-height: none; } }
+@media print { #theme, .save { display: none; } .scroll { overflow: visible; max-height: none; } }
 """
 
 SCRIPT = """
@@ -111,6 +124,24 @@ SCRIPT = """
     var figure = figures[id], element = document.getElementById(id);
     Plotly.newPlot(element, figure.data, figure.layout, { displayModeBar: false, responsive: true })
       .then(function () { return Plotly.relayout(element, themed(figure.layout)); });
+  });
+
+  // Saving: Plotly draws the picture in the browser, on the colour of the page, and nothing leaves it.
+  document.querySelectorAll("button[data-format]").forEach(function (save) {
+    save.addEventListener("click", function () {
+      var element = document.getElementById(save.dataset.figure), format = save.dataset.format;
+      var layout = Object.assign({}, element.layout, { paper_bgcolor: colour("--page") });
+      var size = { format: format, width: element.clientWidth, height: element.clientHeight };
+      if (format === "png") { size.scale = 2; }
+      Plotly.toImage({ data: element.data, layout: layout }, size).then(function (address) {
+        var link = document.createElement("a");
+        link.href = address;
+        link.download = save.dataset.name + "." + format;
+        document.body.appendChild(link);
+        link.click();
+        link.remove();
+      });
+    });
   });
 
   // Sorting: each cell carries its value in data-value; a column of numbers starts with its highest.
@@ -161,7 +192,7 @@ style-src 'unsafe-inline'; img-src data: blob:">
 <footer class="soft">
 <p>Intervals are Wilson 95 % intervals of the mean over seeds, at the number of pairs n; seeds share the pairs, so they
 do not add to n, and what they differ by is shown next to it. A score is called above a baseline when the two intervals
-do not overlap.</p>
+do not overlap; the stars on the heatmaps are the exact tests described there.</p>
 </footer>
 </main>
 <script type="application/json" id="figure-data">{figures}</script>

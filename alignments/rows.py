@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 CONTROL_PREFIX = "control:"  # a method of that name is a control ("control:random_subspace"), never a candidate
 EXTRA_PREFIX = "extra."  # key of a task's own trivial baseline in the flat form: "extra.flip"
 KIND_PREFIX = "iia."  # key of the score on one kind of pairs in the flat form: "iia.isolate"
+FACT_PREFIX = "fact."  # key of a number that was learned or measured, in the flat form: "fact.hard_rank"
 SPLITS = ("train", "select", "test")
 
 _TEXTS = ("task", "model", "variable", "site", "component", "positions", "position_label", "method", "split")
 _RATES = ("iia", "low", "high", "copy_base", "copy_source", "majority", "task_accuracy")
-_PREFIXED = {"extra": EXTRA_PREFIX, "kinds": KIND_PREFIX}  # fields that hold one number per name
+_PREFIXED = {"extra": EXTRA_PREFIX, "kinds": KIND_PREFIX, "facts": FACT_PREFIX}  # fields that hold one number per name
 _SLACK = 1e-9  # rounding of a mean of zeros and ones, not an allowance
 
 
@@ -55,7 +56,8 @@ class Row:
     None for a site outside the blocks; `rank` is None where the whole width is swapped; `task_accuracy` is the share of
     these pairs whose base *and* source the model itself gets right, None if it was not measured. `extra` holds trivial
     baselines that belong to the task ("flip": always the other answer). `positions` identifies, `position_label` is
-    what people read. `kinds` is the IIA on each kind of pairs ("cause" and "isolate", say), if told.
+    what people read. `kinds` is the IIA on each kind of pairs ("cause" and "isolate", say), if told; `facts` are finite
+    numbers that were learned or measured beside it ("width", "hard_rank", "divergence").
 
     Raises:
         BadRow: a rate outside 0..1, an interval that does not hold its score, n < 1, an unknown split, an empty text.
@@ -84,8 +86,13 @@ class Row:
     seconds: float
     extra: Mapping[str, float] = field(default_factory=dict)
     kinds: Mapping[str, float] = field(default_factory=dict)
+    facts: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "facts", dict(self.facts))
+        for name, value in self.facts.items():
+            if not _is_number(value):
+                raise BadRow(f"{self._name()}: {name} is {value!r}, not a finite number. Leave it out instead.")
         object.__setattr__(self, "extra", dict(self.extra))
         object.__setattr__(self, "kinds", dict(self.kinds))
         self._check_texts()
@@ -147,7 +154,7 @@ class Row:
         return standard | dict(self.extra)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the row as one flat dict; `extra` becomes keys "extra.<name>", `kinds` becomes "iia.<name>"."""
+        """Return the row as one flat dict: keys "extra.<name>", "iia.<name>" of `kinds`, "fact.<name>" of `facts`."""
         flat = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in _PREFIXED}
         for name, prefix in _PREFIXED.items():
             flat |= {prefix + key: value for key, value in getattr(self, name).items()}
@@ -174,7 +181,7 @@ class Row:
                 f"Row: {'; '.join(problems)}. Fields are {', '.join(one.name for one in fields(cls))} "
                 f"(extra baselines as {EXTRA_PREFIX}<name>); read older files with the version that wrote them."
             )
-        return cls(**plain, extra=told["extra"], kinds=told["kinds"])
+        return cls(**plain, extra=told["extra"], kinds=told["kinds"], facts=told["facts"])
 
 
 def _is_number(value: object) -> bool:

@@ -1,128 +1,139 @@
-"""`search`: sites x positions x methods x seeds -> flat rows, chosen on one split and reported on another.
+"""`Search`: sites x positions x methods x ranks x seeds -> flat rows, chosen on one split and reported on another.
 
-Every cell is fitted with the first seed and scored on select and on test. Then each learned method's cell that is
-best on *select* is fitted with the remaining seeds, again until the best cell has them all, so that what is reported
-is a mean over seeds; and its controls are run. Test scores play no part in any choice.
+Every cell is fitted with the first seed (with all, if asked) and scored. Then each learned method's cell that is best
+on *select* gets the remaining seeds, again until the best cell has them all, so that what is reported is a mean over
+seeds; and its controls are run. Test scores play no part in any choice.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from statistics import fmean
+from typing import Literal, Protocol
 
-from torch import nn
-
-from alignments.fit import Score, evaluate, fit
-from alignments.methods import LEARNED, METHODS, RANKLESS
-from alignments.pairs import PairData
+from alignments.methods import METHODS
 from alignments.rows import Row, RowKey
-from intervene import Plan, Positions, Site
+from alignments.scoring import Cell, Job, Scorer, applies, control_cell
+from intervene import Plan, Site
 from intervene.errors import InterveneError
-from intervene.families import resolve
+
+Strategy = Literal["grid", "full"]
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One place and method: `positions` identifies the tokens, `rank` is None where the whole width is swapped."""
+class Executor(Protocol):
+    """Carries out jobs: yields each job with its rows, or with the error that its worker died of."""
 
-    site: Site
-    positions: str
-    method: str
-    rank: int | None
+    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, list[Row]]]:
+        """Yield (job, rows) as they are finished, in any order."""
+        ...
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What all rows of one search share. `baselines` and `accuracy` are per split, on the very pairs that are scored.
+class Local:
+    """Carries out jobs one after another in this process."""
 
-    `baselines[split]` has copy_base, copy_source, majority, and the task's own. `labels` shows positions to people.
-    """
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
 
-    task: str
-    model: str
-    variable: str
-    baselines: Mapping[str, Mapping[str, float]]
-    accuracy: Mapping[str, float | None]
-    labels: Mapping[str, str] = field(default_factory=dict)
+    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, list[Row]]]:
+        """Yield (job, rows) in the order of `jobs`."""
+        for job in jobs:
+            yield job, self.scorer.rows(job)
 
 
-Other = Callable[[Site], tuple[nn.Module, Mapping[str, PairData]]]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How long each fit learns."""
-
-    steps: int = 100
-    batch_size: int = 32
-    lr: float = 1e-2
-
-
-def cells_of(sites: Iterable[Site], positions: Sequence[str], methods: Sequence[str], rank: int) -> list[Cell]:
+def cells_of(
+    sites: Iterable[Site], positions: Sequence[str], methods: Sequence[str], rank: int | Sequence[int]
+) -> list[Cell]:
     """Return the grid, cheap methods first, so that a search that is cut short has whole maps of them."""
     grid = [(site, where) for where in positions for site in sites]
+    ranks = [rank] if isinstance(rank, int) else list(rank)
     return [
-        Cell(site, where, method, None if method in RANKLESS else rank)
-        for method in sorted(methods, key=lambda name: name in LEARNED)
+        Cell(site, where, method, one)
+        for method in sorted(methods, key=lambda name: METHODS[name].learned)
+        for one in (ranks if METHODS[method].ranked else [None])
         for site, where in grid
     ]
 
 
 class Search:
-    """One search over prepared pairs. `run()` yields rows as they are finished; `plans` keeps the fitted plans.
+    """One search over prepared pairs. `run()` yields rows as they are finished.
 
     Args:
-        splits: prepared pairs for "train", "select" and "test".
-        where: position name -> the `Positions` value that finds it.
+        scorer: fits and scores here: the plans asked for afterwards, and the jobs if there is no other executor.
+        seeds: "grid" gives every cell the first and the best cells all; "full" gives every cell all.
         finished: rows of an earlier run of the same search; their cells are not run again.
-        controls: those to run in each learned method's best cell: "random_subspace", and names in `others`.
-        others: control name -> function that makes another model (a random one, say) with its pairs prepared at a
-            site, on which the best cell's method is fitted as well; called only when needed.
+        controls: those to run in each learned method's best cell: built-in ones and those of `scorer.others`.
+        grid_splits: the splits on which every cell is scored; the best cells are always scored on select and test.
+        progress: is told what begins.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        splits: Mapping[str, PairData],
-        where: Callable[[str], Positions],
+        scorer: Scorer,
         cells: Sequence[Cell],
-        facts: Facts,
         *,
         seeds: Sequence[int] = (0, 1, 2),
-        budget: Budget | None = None,
+        strategy: Strategy = "grid",
         finished: Iterable[Row] = (),
-        progress: Callable[[str], None] | None = None,
-        others: Mapping[str, Other] | None = None,
         controls: Sequence[str] = ("random_subspace",),
+        grid_splits: Sequence[str] = ("select", "test"),
+        executor: Executor | None = None,
+        progress: Callable[[str], None] | None = None,
     ) -> None:
         if not cells or not seeds:
             raise InterveneError(f"Search of {len(cells)} cells and {len(seeds)} seeds: give at least one of each.")
-        self.model = model
-        self.splits = splits
-        self.where = where
+        self.scorer = scorer
         self.cells = list(cells)
-        self.facts = facts
         self.seeds = tuple(seeds)
-        self.budget = budget or Budget()
+        self.strategy = strategy
         self.rows = list(finished)
-        self.progress = progress
-        self.others = {name: make for name, make in (others or {}).items() if name in controls}
         self.controls = tuple(controls)
-        self.plans: dict[tuple[Cell, int], Plan] = {}
+        self.grid_splits = tuple(grid_splits)
+        self.executor = executor or Local(scorer)
+        self.progress = progress
 
     def run(self) -> Iterator[Row]:
         """Yield each row once it is known: the grid, the remaining seeds of each method's best cell, its controls."""
-        for cell in self.cells:
-            yield from self._score(cell, self.seeds[0])
-        for method in dict.fromkeys(cell.method for cell in self.cells if cell.method in LEARNED):
+        yield from self.do(self.grid())
+        yield from self.reported()
+        for method in dict.fromkeys(cell.method for cell in self.cells if METHODS[cell.method].learned):
             best = self.best_cell(method)
-            while missing := [seed for seed in self.seeds if not self._has(best, seed)]:
-                for seed in missing:
-                    yield from self._score(best, seed)
+            while any(map(self._missing, self.complete(best))):
+                yield from self.do(self.complete(best))
                 best = self.best_cell(method)
-            yield from self._controls(best)
+            used = [name for name in self.controls if applies(name, METHODS[method], self.scorer.variables)]
+            yield from self.do([Job(control_cell(best, name), self.seeds) for name in used])
+
+    def reported(self) -> Iterator[Row]:
+        """Yield what the best cells of methods without learning lack: test rows, if the grid had select alone."""
+        scored = {row.method for row in self.rows if row.split == "select"}
+        for method in dict.fromkeys(cell.method for cell in self.cells):
+            if method in scored and not METHODS[method].learned:
+                yield from self.do(self.complete(self.best_cell(method))[:1])
+
+    def grid(self) -> list[Job]:
+        """Return one job per cell of the grid."""
+        return [Job(cell, self._first(cell), self.grid_splits) for cell in self.cells]
+
+    def complete(self, cell: Cell) -> list[Job]:
+        """Return the jobs that give `cell` all seeds on select, test and, where it learns, train: its memorising."""
+        first = self._first(cell)
+        rest = tuple(seed for seed in self.seeds if seed not in first and METHODS[cell.method].seeded)
+        splits = ("select", "test", "train") if METHODS[cell.method].learned else ("select", "test")
+        return [Job(cell, seeds, splits) for seeds in (first, rest) if seeds]
+
+    def do(self, jobs: Iterable[Job]) -> Iterator[Row]:
+        """Carry out what is missing of `jobs`, yielding each new row."""
+        todo = [job for job in map(self._missing, jobs) if job is not None]
+        if self.progress is not None and todo:
+            self.progress(str(todo[0]))
+        known = {row.key for row in self.rows}
+        for _, rows in self.executor.run(todo):
+            for row in rows:
+                if row.key not in known:
+                    known.add(row.key)
+                    self.rows.append(row)
+                    yield row
 
     def best_cell(self, method: str) -> Cell:
         """Return the cell of `method` that is best on select so far; of equals the first searched."""
@@ -130,91 +141,30 @@ class Search:
         scores = {cell: [row.iia for row in select if _cell(row) == cell] for cell in self.cells}
         return max((cell for cell in self.cells if scores[cell]), key=lambda cell: fmean(scores[cell]))
 
-    def _controls(self, best: Cell) -> Iterator[Row]:
-        """Yield the scores of a random subspace in the best cell, and of the method on the other models."""
-        if "random_subspace" in self.controls:
-            for seed in self.seeds:
-                yield from self._score(replace(best, method="control:random_subspace"), seed)
-        for name, make in self.others.items():
-            control = replace(best, method=f"control:{name}")
-            if all(self._has(control, seed) for seed in self.seeds):
-                continue
-            model, splits = make(best.site)
-            for seed in self.seeds:
-                yield from self._score(control, seed, self._fitted(best, seed, model, splits), splits)
-
     def done(self) -> list[Cell]:
         """Return the cells of the grid that are scored with at least the first seed."""
-        return [cell for cell in self.cells if self._has(cell, self.seeds[0])]
+        known = {row.key for row in self.rows}
+        first = {cell: self._keys(Job(cell, self.seeds[:1], self.grid_splits)) for cell in self.cells}
+        return [cell for cell, keys in first.items() if keys <= known]
 
     def plan(self, cell: Cell, seed: int) -> Plan:
-        """Return the plan of a cell as it was fitted, fitting it if this run has not."""
-        if (cell, seed) not in self.plans:
-            self.plans[cell, seed] = self._fitted(cell, seed, self.model, self.splits)
-        return self.plans[cell, seed]
+        """Return the plan of a cell as it was fitted, fitting it here if this process has not."""
+        return self.scorer.fitted(Job(cell, (seed,)))[0]
 
-    def _has(self, cell: Cell, seed: int) -> bool:
-        return all(self._key(cell, seed, split) in {row.key for row in self.rows} for split in ("select", "test"))
+    def _first(self, cell: Cell) -> tuple[int, ...]:
+        return self.seeds if self.strategy == "full" and METHODS[cell.method].seeded else self.seeds[:1]
 
-    def _key(self, cell: Cell, seed: int, split: str) -> RowKey:
-        return self._row(cell, seed, split, Score(1, 0.0, 0.0, 1.0), 0.0).key
+    def _missing(self, job: Job) -> Job | None:
+        """Return `job` with the splits that it has no rows for; None: nothing is missing.
 
-    def _score(
-        self, cell: Cell, seed: int, plan: Plan | None = None, splits: Mapping[str, PairData] | None = None
-    ) -> Iterator[Row]:
+        Its seeds stay together: what is fitted in common passes is fitted so again, which makes a resumption exact.
+        """
         known = {row.key for row in self.rows}
-        todo = [split for split in ("select", "test") if self._key(cell, seed, split) not in known]
-        if not todo:
-            return
-        if self.progress is not None:
-            self.progress(f"{cell.method} {cell.site} @ {cell.positions}, seed {seed}")
-        begun = time.perf_counter()
-        fitted = self.plan(cell, seed) if plan is None else plan
-        for split in todo:
-            score = evaluate(fitted, (splits or self.splits)[split])
-            seconds = time.perf_counter() - begun
-            row = self._row(cell, seed, split, score, seconds)
-            self.rows.append(row)
-            begun = time.perf_counter()
-            yield row
+        lacking = [split for split in job.splits if not self._keys(replace(job, splits=(split,))) <= known]
+        return replace(job, splits=tuple(lacking)) if lacking else None
 
-    def _fitted(self, cell: Cell, seed: int, model: nn.Module, splits: Mapping[str, PairData]) -> Plan:
-        width = resolve(model, cell.site).width
-        if width is None:
-            raise InterveneError(f"Site {cell.site}: its width is not known before a forward pass. Name another.")
-        plan = METHODS[cell.method](cell.site, self.where(cell.positions), width, cell.rank or 0, seed)
-        budget = self.budget
-        fit(model, plan, splits["train"], steps=budget.steps, batch_size=budget.batch_size, lr=budget.lr, seed=seed)
-        return plan
-
-    def _row(self, cell: Cell, seed: int, split: str, score: Score, seconds: float) -> Row:
-        baselines = dict(self.facts.baselines[split])
-        elsewhere = cell.method.removeprefix("control:") in self.others  # the accuracy is not that model's
-        return Row(
-            task=self.facts.task,
-            model=self.facts.model,
-            variable=self.facts.variable,
-            site=str(cell.site),
-            layer=cell.site.layer,
-            component=cell.site.component,
-            positions=cell.positions,
-            position_label=self.facts.labels.get(cell.positions, cell.positions),
-            method=cell.method,
-            rank=cell.rank,
-            seed=seed,
-            split=split,
-            n=score.n,
-            iia=score.iia,
-            low=score.low,
-            high=score.high,
-            copy_base=baselines.pop("copy_base"),
-            copy_source=baselines.pop("copy_source"),
-            majority=baselines.pop("majority"),
-            task_accuracy=None if elsewhere else self.facts.accuracy.get(split),
-            seconds=seconds,
-            extra=baselines,
-            kinds=score.kinds,
-        )
+    def _keys(self, job: Job) -> set[RowKey]:
+        return {self.scorer.key(job.cell, seed, split) for seed in job.seeds for split in job.splits}
 
 
 def _cell(row: Row) -> Cell:

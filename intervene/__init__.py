@@ -7,24 +7,13 @@ Importing this costs what importing torch costs; transformers, pyvene and the re
 """
 
 from intervene.applied import Applied, Report
+from intervene.boundless import FaithfulBoundarySwap, SecondBoundarySwap
 from intervene.captured import Captured, Sources
 from intervene.check import check_family
 from intervene.conditions import Condition, ProbeAbove, ProjectionAbove
 from intervene.content import Match, Prompt, Response, response_marker
-from intervene.edits import (
-    Add,
-    Affine,
-    BoundarySwap,
-    Edit,
-    GatedSwap,
-    Noise,
-    Project,
-    Scale,
-    Set,
-    StopGradient,
-    Swap,
-    Zero,
-)
+from intervene.dictionaries import SAE
+from intervene.edits import Add, Affine, Edit, Noise, Project, Scale, Set, StopGradient, Swap, Zero
 from intervene.errors import (
     AmbiguousForward,
     BadPosition,
@@ -42,10 +31,13 @@ from intervene.errors import (
     WrongModel,
 )
 from intervene.families import Family, fingerprint, register_family
-from intervene.featurizers import PCA, SAE, Coordinates, Featurizer, Identity, Subspace
+from intervene.featurizers import PCA, Block, Coordinates, Featurizer, Identity, Subspace
+from intervene.gates import BoundarySwap, BudgetSwap, Gated, GatedSwap, HardConcreteSwap
 from intervene.interventions import Intervention, Plan, trainable_parameters
 from intervene.marked import Marked
+from intervene.parts import Parts
 from intervene.positions import AllTokens, At, DecodeSteps, First, LastToken, Mask, Positions, Span
+from intervene.reft import LowRankAffine
 from intervene.run import activations, capture, collect_sources, frozen, interchange, intervene
 from intervene.sites import COMPONENTS, Site
 from intervene.store import load_plan, load_vector, save_plan, save_vector
@@ -64,26 +56,33 @@ __all__ = [
     "At",
     "BadPosition",
     "BadVector",
+    "Block",
     "BoundarySwap",
+    "BudgetSwap",
     "Captured",
     "Condition",
     "Coordinates",
     "DecodeSteps",
     "Edit",
+    "FaithfulBoundarySwap",
     "Family",
     "Featurizer",
     "First",
+    "Gated",
     "GatedSwap",
+    "HardConcreteSwap",
     "Identity",
     "InterveneError",
     "Intervention",
     "LastToken",
+    "LowRankAffine",
     "Marked",
     "Mask",
     "Match",
     "ModelNotFound",
     "Noise",
     "NotApplied",
+    "Parts",
     "Plan",
     "Positions",
     "ProbeAbove",
@@ -93,6 +92,7 @@ __all__ = [
     "Report",
     "Response",
     "Scale",
+    "SecondBoundarySwap",
     "Set",
     "ShapeMismatch",
     "Site",

@@ -22,7 +22,8 @@ class Edit(nn.Module):
     """A change of features. Subclasses are final.
 
     `needs_source`: a source activation is required. `draws`: `draw(z)` is called once per forward pass, and its result
-    handed in as `source`, also when gradient checkpointing runs the pass again.
+    handed in as `source`, also when gradient checkpointing runs the pass again. An edit that both needs a source and
+    draws is called as `forward(z, source, drawn)`.
     """
 
     needs_source: ClassVar[bool] = False
@@ -52,8 +53,8 @@ class Edit(nn.Module):
     def forward(self, z: Tensor, source: Tensor | None) -> Tensor:
         """Return the new features (B, P, K)."""
 
-    def draw(self, z: Tensor) -> Tensor:
-        """Return the random tensor of one forward pass, for edits that `draws`."""
+    def draw(self, z: Tensor) -> Any:
+        """Return what is random in one forward pass, a tensor or tensors, for edits that `draws`."""
         raise AssertionError(f"{type(self).__name__} draws nothing")
 
 
@@ -212,108 +213,6 @@ class Project(_Constant):
         return (wide - (wide * unit).sum(-1, keepdim=True) * unit).to(z.dtype)
 
 
-class _Gated(Edit):
-    """z' = (1 - g) z + g source with a gate per feature: soft while `training`, hard after `.eval()`."""
-
-    needs_source = True
-
-    def __init__(self, features: int, temperature: float) -> None:
-        super().__init__()
-        self.count = features
-        self.temperature = temperature
-
-    @property
-    def features(self) -> int | None:
-        return self.count
-
-    @property
-    def temperature(self) -> float:
-        """Softness of the gate, at least 1e-8; set it to anneal."""
-        return self._temperature
-
-    @temperature.setter
-    def temperature(self, value: float) -> None:
-        self._temperature = max(float(value), 1e-8)
-
-    @abstractmethod
-    def gate(self) -> Tensor:
-        """Return the gate (K,) or (1,): soft while training, 0 or 1 after `.eval()`."""
-
-    def forward(self, z: Tensor, source: Tensor | None) -> Tensor:
-        assert source is not None
-        gate, other = self.gate(), source.to(z.dtype)
-        if not self.training:
-            return torch.where(gate > 0, other, z)  # exact: no product that rounds
-        return z + gate.to(z.dtype) * (other - z)
-
-
-class GatedSwap(_Gated):
-    """z' = (1 - g) z + g source, g = sigmoid(logit / temperature) per feature; hard (logit > 0) after `.eval()`.
-
-    Args:
-        features: K. temperature: of the sigmoid, at least 1e-8; set the attribute to anneal it. tied: one gate for
-            all features (selects whole heads or sites).
-
-    Source: binary masks as in desiderata-based masking, De Cao et al. 2022, Davies et al. 2023. Gates start at 1/2.
-    """
-
-    def __init__(self, features: int, *, temperature: float = 1.0, tied: bool = False) -> None:
-        super().__init__(features, temperature)
-        self.tied = tied
-        self.logits = nn.Parameter(torch.zeros(1 if tied else features))
-
-    def gate(self) -> Tensor:
-        if not self.training:
-            return (self.logits > 0).to(self.logits.dtype)
-        return torch.sigmoid(self.logits / self.temperature)
-
-
-class _UnitInterval(torch.autograd.Function):
-    """clamp(x, 0, 1) that drops only a gradient whose descent would push x further out.
-
-    The gradient of a plain clamp is zero outside, so that a boundary which overshot once could never come back.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.clamp(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return grad.masked_fill(((x >= 1) & (grad < 0)) | ((x <= 0) & (grad > 0)), 0)
-
-
-class BoundarySwap(_Gated):
-    """Swaps the first features up to a learned boundary: g_i = sigmoid((b - (i + 1/2)) / (temperature * K)).
-
-    b = fraction * K with the learned fraction clamped to [0, 1]; after `.eval()` the first round(b) features are
-    swapped whole. We differ from Boundless DAS (Wu et al. 2023, arXiv 2305.08809): the half index (their feature 0
-    keeps mask 1/2 for ever), a temperature in units of K instead of indices, hard evaluation, and a clamp that lets
-    the gradient bring an overshot boundary back.
-    """
-
-    def __init__(self, features: int, *, fraction: float = 0.5, temperature: float = 0.05) -> None:
-        super().__init__(features, temperature)
-        self.fraction = nn.Parameter(torch.tensor(float(fraction)))
-
-    def boundary(self) -> Tensor:
-        """Return b (0-d), in features, 0 to K."""
-        clamped: Tensor = _UnitInterval.apply(self.fraction)  # type: ignore[no-untyped-call]
-        return clamped * self.count
-
-    def rank(self) -> Tensor:
-        """Return the hard boundary: how many features are swapped after `.eval()` (0-d, integer valued)."""
-        return self.boundary().detach().round()
-
-    def gate(self) -> Tensor:
-        index = torch.arange(self.count, device=self.fraction.device, dtype=self.fraction.dtype)
-        if not self.training:
-            return (index < self.rank()).to(self.fraction.dtype)
-        return torch.sigmoid((self.boundary() - (index + 0.5)) / (self.temperature * self.count))
-
-
 class Affine(Edit):
     """z' = zW + b, learned: with a trainable Subspace this is LoReFT's h + Q(Wh + b - Q^T h) with W acting on features.
 
@@ -381,9 +280,3 @@ class Noise(Edit):
     def forward(self, z: Tensor, source: Tensor | None) -> Tensor:
         assert source is not None
         return z + self.scale * source
-
-
-EDITS: dict[str, type[Any]] = {
-    cls.__name__: cls
-    for cls in (Swap, Add, Zero, Set, Scale, Project, GatedSwap, BoundarySwap, Affine, StopGradient, Noise)
-}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,6 +63,21 @@ class _Columns:
         return self._index
 
 
+def _beside(selection: Selection, device: torch.device) -> Selection:
+    """Return `selection` with its indices on `device`: those of a pass lie where its tokens are."""
+    held = selection.mask if selection.dense else selection.rows
+    if held is None or held.device == device:
+        return selection
+    moved: dict[str, Any] = {
+        name: value.to(device)
+        for name in ("mask", "rows", "columns", "valid")
+        if (value := getattr(selection, name)) is not None
+    }
+    if selection.kept is not None:
+        moved["kept"] = tuple(part.to(device) for part in selection.kept)
+    return replace(selection, **moved)
+
+
 def _version(h: Tensor) -> int:
     """Return how often h was written to in place; inference tensors do not count."""
     return 0 if h.is_inference() else h._version
@@ -77,6 +93,9 @@ class Firing:
         self.block = block
         self.recorder = recorder
         self.columns = _Columns(bound.tap.columns)
+        modules = [module for module in (bound.featurizer, bound.edit, bound.when) if module is not None]
+        tensors = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+        self.device = next((tensor.device for tensor in tensors), None)
 
     def __call__(self, h: Tensor) -> Tensor | None:
         current, again = self.block.pass_of_tap(self.number)
@@ -85,6 +104,9 @@ class Firing:
             self.recorder.calls += 1
         if selection is None:
             return None
+        if self.device is not None and h.device != self.device:
+            h = h.to(self.device)  # the input of a model's first block on another device arrives from the one before
+        selection = _beside(selection, h.device)
         whole = _three_axes(h, current)
         before = whole if selection.dense else whole[selection.rows, selection.columns]  # (B, P, D')
         after, applies = self._edited(before, current, selection)
@@ -111,7 +133,7 @@ class Firing:
         lens = self.bound.featurizer.lens()
         version = _version(site)
         z = lens.read(site)  # (B, P, K)
-        changed = lens.write(site, edit(z, self._other(edit, lens, z, current)))
+        changed = lens.write(site, edit(z, *self._others(edit, lens, z, current)))
         self._check_result(site, changed, version)
         applies = None
         if when is not None:
@@ -137,14 +159,19 @@ class Firing:
                 "uses elsewhere. Return a new tensor: z * 2, not z.mul_(2)."
             )
 
-    def _other(self, edit: Any, lens: Any, z: Tensor, current: Pass) -> Tensor | None:
-        if edit.draws:
-            if self.number not in current.draws:
-                current.draws[self.number] = edit.draw(z)
-            return current.draws[self.number]
+    def _others(self, edit: Any, lens: Any, z: Tensor, current: Pass) -> tuple[Any, ...]:
+        """Return what the edit is given beside z: the source's features, what was drawn for this pass, or both."""
+        if not edit.draws:
+            return (self._source_features(lens, z),)
+        if self.number not in current.draws:
+            current.draws[self.number] = edit.draw(z)
+        drawn = current.draws[self.number]
+        return (self._source_features(lens, z), drawn) if edit.needs_source else (drawn,)
+
+    def _source_features(self, lens: Any, z: Tensor) -> Tensor | None:
         if self.source is None:
             return None
-        source = self.source
+        source = self.source.to(z.device)
         if len(source) != len(z):
             source = source.repeat_interleave(len(z) // len(source), 0)
         if source.shape[1] not in (1, z.shape[1]):
@@ -174,6 +201,7 @@ class Reader:
         selection = current.selections[self.number]
         value = valid = None
         if selection is not None:
+            selection = _beside(selection, h.device)
             whole = _three_axes(h, current)
             rows = whole if selection.dense else whole[selection.rows, selection.columns]
             value, valid = self.columns.cut(rows), selection.valid

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from intervene.conditions import Condition
 from intervene.edits import Edit
 from intervene.errors import BadPosition, ShapeMismatch, WrongModel
-from intervene.families import Tap, fingerprint, resolve
+from intervene.families import Tap, fingerprint, resolve, unwrap
 from intervene.featurizers import Featurizer, Identity
+from intervene.locate import walk
 from intervene.positions import AllTokens, Positions
 from intervene.sites import Site
 
@@ -218,9 +219,28 @@ def _check_origin(model: nn.Module, item: Intervention, tap: Tap) -> None:
         )
 
 
+def placed_for(model: nn.Module, plan: Plan) -> Plan:
+    """Move each module of `plan` to the device of its site in `model`, in place, and return the plan.
+
+    To be called on a new plan that learns, before its optimiser is made. A module that several sites share goes to the
+    first. Layers of one model may lie on different devices.
+    """
+    seen: set[int] = set()
+    for item in plan:
+        device = _device_of(model, resolve(model, item.site))
+        for module in (item.featurizer, item.edit, item.when):
+            if module is not None and device is not None and id(module) not in seen:
+                seen.add(id(module))
+                module.to(device)
+    return plan
+
+
 def _device_of(model: nn.Module, tap: Tap) -> str | None:
-    for module in (tap.module, model):
-        tensor = next(module.parameters(), None)
+    """Return where the tap's module computes: the device of its weights, or of the nearest module around it."""
+    names = tap.path.split(".")
+    around = (walk(unwrap(model), ".".join(names[:end])) for end in range(len(names) - 1, 0, -1))
+    for module in (tap.module, *around, model):
+        tensor = None if module is None else next(module.parameters(), None)
         if tensor is not None:
             return str(tensor.device)
     return None

@@ -8,11 +8,14 @@ The embedded names are in `intervene.embedded.EMBEDDED`. Needs transformers, whi
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +27,20 @@ from intervene.errors import InterveneError, ModelNotFound, asked_found_do, clos
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+DeviceMap = str | Mapping[str, Any] | None
 HUB_SECONDS = 4.0  # how long a hub may take to answer before it counts as unreachable
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """A model on several devices."""
+
+    device_map: str | dict[str, Any]
+
+
+Where = str | torch.device | _Spread
 
 
 def load_model(
@@ -34,6 +48,7 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    device_map: DeviceMap = None,
     cache_dir: str | os.PathLike[str] | None = None,
     offline: bool | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -50,6 +65,8 @@ def load_model(
     Args:
         name_or_path: "smollm2-135m", "gemma3-270m", a local folder, or a hub id such as "org/model". An embedded name
             goes before a folder of that name; write `./smollm2-135m` for the folder.
+        device_map: instead of `device`, how the layers are spread over several: "auto", "balanced", or module name ->
+            device, as transformers takes it. Needs accelerate.
         cache_dir: where converted models are kept; default $INTERVENE_CACHE, else under ~/.cache. Hub downloads
             stay in the hub's own cache.
         offline: True asks no network at all; None leaves out the hub if HF_HUB_OFFLINE is set, and still asks the
@@ -57,11 +74,13 @@ def load_model(
 
     Raises:
         ModelNotFound: no such folder, and neither a hub nor a package registry gave the weights.
-        InterveneError: the checkpoint lacks weights of a causal language model, or wants to run code of its own.
+        InterveneError: the checkpoint lacks weights of a causal language model, or wants to run code of its own; or
+            `device_map` is given without accelerate, or leaves weights on no device.
     """
+    where: Where = device if device_map is None else _checked_map(device_map)
     name = os.fspath(name_or_path)
     if name in EMBEDDED:
-        return _load_embedded(EMBEDDED[name], cache_root(cache_dir), dtype, device, offline)
+        return _load_embedded(EMBEDDED[name], cache_root(cache_dir), dtype, where, offline)
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -71,20 +90,20 @@ def load_model(
                 )
             )
         with quiet_bars():
-            return _read(str(folder), dtype, device, local_only=True)
+            return _read(str(folder), dtype, where, local_only=True)
     if not _HUB_ID.match(name) or name.startswith("."):
         raise ModelNotFound(
             asked_found_do(f"Model {name!r}", "there is no such folder.", f"Pass another path or name. {_known(name)}")
         )
     try:
-        return _read_hub(name, dtype, device, offline)
+        return _read_hub(name, dtype, where, offline)
     except ModelNotFound as error:
         do = f"Pass the path of a local folder, or an embedded name. {_known(name)}"
         raise ModelNotFound(asked_found_do(f"Model {name!r}", f"{error}.", do)) from error
 
 
 def _load_embedded(
-    model: Embedded, root: Path, dtype: torch.dtype, device: str | torch.device, offline: bool | None
+    model: Embedded, root: Path, dtype: torch.dtype, device: Where, offline: bool | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     reasons = [distrust(model, root)]
     if reasons[0]:
@@ -114,7 +133,7 @@ def _padded_right(pair: tuple[Any, Any]) -> tuple[Any, Any]:
 
 
 def _read_hub(
-    hub_id: str, dtype: torch.dtype, device: str | torch.device, offline: bool | None
+    hub_id: str, dtype: torch.dtype, device: Where, offline: bool | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     silence = _hub_silence(hub_id, offline)
     try:
@@ -125,16 +144,17 @@ def _read_hub(
 
 
 def _read(
-    source: str, dtype: torch.dtype, device: str | torch.device, *, local_only: bool
+    source: str, dtype: torch.dtype, device: Where, *, local_only: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import transformers
 
     auto: Any = transformers.AutoModelForCausalLM  # its annotations leave out `output_loading_info`
     # said outright, because transformers else waits 15 seconds for a yes at the keyboard
     where: dict[str, Any] = {"local_files_only": local_only, "trust_remote_code": False}
+    spread = {"device_map": device.device_map} if isinstance(device, _Spread) else {}
     try:
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source, **where)
-        model, info = auto.from_pretrained(source, dtype=dtype, output_loading_info=True, **where)
+        model, info = auto.from_pretrained(source, dtype=dtype, output_loading_info=True, **spread, **where)
     except ValueError as error:
         found = f"transformers refuses it ({_short(error)})."
         raise InterveneError(asked_found_do(f"Model {source!r}", found, "Use another checkpoint.")) from error
@@ -152,7 +172,26 @@ def _read(
         tokenizer.pad_token = tokenizer.eos_token
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
+    if isinstance(device, _Spread):
+        _require_placed(model, device)
+        return model.eval(), tokenizer
     return model.to(device).eval(), tokenizer
+
+
+def _checked_map(device_map: str | Mapping[str, Any]) -> _Spread:
+    if importlib.util.find_spec("accelerate") is None:
+        asked, do = f"device_map {device_map!r}", "Install it: pip install accelerate. Or name one device."
+        raise InterveneError(asked_found_do(asked, "accelerate is not installed.", do))
+    return _Spread(device_map if isinstance(device_map, str) else dict(device_map))
+
+
+def _require_placed(model: PreTrainedModel, spread: _Spread) -> None:
+    """Refuse weights that are fetched for each pass: nothing could be kept beside them, and passes would crawl."""
+    lost = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if lost:
+        found = f"{len(lost)} weights fit on no device and were offloaded, first {lost[0]}."
+        do = "Use more or larger devices, or a smaller dtype."
+        raise InterveneError(asked_found_do(f"device_map {spread.device_map!r}", found, do))
 
 
 def _hub_silence(hub_id: str, offline: bool | None) -> str:

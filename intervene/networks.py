@@ -79,14 +79,23 @@ class GRU(nn.Module):
 
 
 def train_classifier(
-    model: nn.Module, inputs: Tensor, labels: Tensor, *, steps: int, batch_size: int, lr: float = 1e-3, seed: int = 0
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    steps: int,
+    batch_size: int,
+    lr: float = 1e-3,
+    seed: int = 0,
+    weight_decay: float = 0.0,
 ) -> float:
     """Train `model` in place with Adam on cross-entropy and return the last step's loss in nats; eval mode after.
 
     Batches are drawn with replacement from `inputs` (N, ...) and `labels` (N,). The learning rate falls linearly to 0.
+    `weight_decay` is Adam's: it adds weight_decay * parameter to the gradient.
     """
     generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.Adam(model.parameters(), lr=lr)
+    optimiser = torch.optim.Adam(model.parameters(), lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
     model.train()
     loss = torch.tensor(float("nan"))

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intervene.edits import Add, BoundarySwap, Edit, GatedSwap, Set, Swap, Zero
+from intervene.edits import Add, Edit, Set, Swap, Zero
 from intervene.errors import BadVector, InterveneError, UnknownComponent, Unsupported
 from intervene.families import resolve
 from intervene.featurizers import Coordinates, Featurizer, Identity, Subspace
+from intervene.gates import BoundarySwap, GatedSwap
 from intervene.interventions import Intervention
 from intervene.pyvene_modules import NO_EDIT, WRAP, PyveneEdit, locations_to_pyvene, to_pyvene
 from intervene.pyvene_read import UNITS, Entry, Location, entries, positions_from_pyvene

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intervene.edits import Add, Edit, GatedSwap, Set, Swap, Zero
+from intervene.edits import Add, Edit, Set, Swap, Zero
 from intervene.errors import ShapeMismatch, Unsupported
 from intervene.featurizers import Coordinates, Featurizer, Identity, Subspace
+from intervene.gates import GatedSwap
 from intervene.interventions import Intervention, Plan
 from intervene.sites import HEAD_COMPONENTS, PATH_PREFIX
 
@@ -207,7 +208,7 @@ def _rotated(pyvene: ModuleType, _item: Intervention, _edit: Edit, lens: Subspac
 
 
 def _gated(pyvene: ModuleType, item: Intervention, edit: GatedSwap, lens: Featurizer) -> nn.Module:
-    if edit.tied or not edit.training:
+    if edit.tied or edit.groups is not None or not edit.training:
         raise Unsupported(f"to_pyvene({item}): pyvene's gates are soft and one per feature. Call edit.train() first.")
     module: nn.Module
     if isinstance(lens, Subspace):

@@ -33,6 +33,8 @@ from intervene.codecs import (
     encode_positions,
     exact_keys,
     guarded,
+    held_by,
+    parameters_of,
 )
 from intervene.errors import StoreError, WrongModel
 from intervene.families import fingerprint
@@ -120,13 +122,12 @@ def load_plan(
     header = _read_header(folder)
     same = _check_model(folder, header["model"], model, elsewhere)
     tensors = _Tensors(folder, header["sha256"])
-    modules = {
-        name: [
-            decode_module(table, record, tensors.take(f"{name}.{number}"), f"{folder}: {name}[{number}]")
-            for number, record in enumerate(header[name])
-        ]
-        for name, (_, table) in _MODULES.items()
-    }
+    modules: dict[str, list[Any]] = {}
+    for name, (_, table) in _MODULES.items():
+        made = modules.setdefault(name, [])
+        for number, record in enumerate(header[name]):
+            own = tensors.take(f"{name}.{number}")
+            made.append(decode_module(table, record, own, f"{folder}: {name}[{number}]", tuple(made)))
     plan = []
     for number, record in enumerate(header["interventions"]):
         asked = f"{folder}: interventions[{number}]"
@@ -156,13 +157,16 @@ def _encoded(plan: Plan) -> tuple[Record, Tensors]:
     index: dict[int, int] = {}
     owners: dict[int, str] = {}
     for name, (field, table) in _MODULES.items():
-        distinct = {id(module): module for item in plan if (module := getattr(item, field)) is not None}
+        distinct: dict[int, nn.Module] = {}
+        for module in (getattr(item, field) for item in plan):
+            if module is not None:  # what it holds comes first
+                distinct.update({id(each): each for each in (*held_by(table, module), module)})
         index.update({key: number for number, key in enumerate(distinct)})
         header[name] = []
         for number, module in enumerate(distinct.values()):
             asked = f"Save: {name}[{number}]"
-            _refuse_tied(module, asked, owners)
-            record, own = encode_module(table, module, asked)
+            record, own = encode_module(table, module, asked, tuple(distinct.values())[:number])
+            _refuse_tied(parameters_of(module, table[record["kind"]]), asked, owners)
             header[name].append(record)
             tensors.update({f"{name}.{number}.{key}": tensor for key, tensor in own.items()})
     header["interventions"] = []
@@ -181,8 +185,8 @@ def _encoded(plan: Plan) -> tuple[Record, Tensors]:
     return header, tensors
 
 
-def _refuse_tied(module: nn.Module, asked: str, owners: dict[int, str]) -> None:
-    for name, parameter in module.named_parameters():
+def _refuse_tied(parameters: Mapping[str, nn.Parameter], asked: str, owners: dict[int, str]) -> None:
+    for name, parameter in parameters.items():
         owner = owners.setdefault(id(parameter), asked)
         if owner != asked:
             raise StoreError(

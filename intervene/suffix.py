@@ -13,7 +13,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from intervene.run import capture, intervene
 from intervene.sites import Site
 
 TOLERANCE = 1e-4  # of the logits' own spread, in fp32: the two ways differ by rounding only
+FEW, FEW_ROUNDED = 2, 8  # examples on which they are compared in fp32, and in lower precision, where one is not enough
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +36,11 @@ class Prefix:
     """Bases after their one full pass, left-padded, scored at the last column.
 
     `inputs` (input_ids, attention_mask, position_ids: (B, S); marks), `streams` block -> its output (N, S, D),
-    `cache` per layer keys and values (N, G, S, d), `logits` (B, V) of the last column without any edit. `index` (B,)
-    picks the examples out of streams and cache, which are copied only where a pass needs them; None: all. `exact` is
-    False if only full passes are right for this model; `difference` is what was measured.
+    `cache` per layer keys and values (N, G, S, d), `logits` (B, V) of the last column without any edit, `kept`
+    (site, name of a mark) -> activation there (N, P, D). `index` (B,) picks the examples out of streams and cache,
+    which are copied only where a pass needs them (of `logits` it picks nothing); None: all. They may lie on the CPU,
+    mapped from disk, while the model is elsewhere. `exact` is False if only full passes are right for this model;
+    `difference` is what was measured, and `noise`, below fp32, how far two full passes differ (see `_proved`).
     """
 
     inputs: dict[str, Any]
@@ -46,20 +50,21 @@ class Prefix:
     tuples: bool
     exact: bool = True
     difference: float = 0.0
+    noise: float = 0.0
     index: Tensor | None = None
+    kept: dict[tuple[Site, str], Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.logits)
+        return len(self.inputs["input_ids"])
 
     def rows(self, index: Tensor) -> Prefix:
         """Return the prefix of some examples; `index` (b,) int64."""
         chosen = index if self.index is None else self.index[index]
-        return replace(self, inputs=_rows(self.inputs, index), logits=self.logits[index], index=chosen)
+        return replace(self, inputs=_rows(self.inputs, index), index=chosen)
 
     def stream(self, layer: int, start: int) -> Tensor:
         """Return the output of block `layer` (B, s, D) on the columns from `start`."""
-        part = self.streams[layer][:, start:]
-        return part if self.index is None else part[self.index]
+        return self._picked(self.streams[layer][:, start:])
 
     def past(self, first: int, start: int) -> list[tuple[Tensor, Tensor]]:
         """Return keys and values (B, G, start, d) per layer, before column `start`.
@@ -72,11 +77,13 @@ class Prefix:
             if layer < first:
                 keys, values = (part[:1, :, :start].expand(rows, -1, -1, -1) for part in pair)
             else:
-                keys, values = (
-                    part[:, :, :start] if self.index is None else part[self.index, :, :start] for part in pair
-                )
+                keys, values = (self._picked(part[:, :, :start]) for part in pair)
             made.append((keys, values))
         return made
+
+    def _picked(self, part: Tensor) -> Tensor:
+        """Return the examples of `part` (N, ...) that this prefix is of; only they are copied."""
+        return part if self.index is None else part[self.index.to(part.device)]
 
 
 def _rows(inputs: Mapping[str, Any], index: Tensor) -> dict[str, Any]:
@@ -86,29 +93,38 @@ def _rows(inputs: Mapping[str, Any], index: Tensor) -> dict[str, Any]:
     return made
 
 
-def join(parts: Sequence[Prefix]) -> Prefix:
-    """Return one prefix of all examples; the parts must be padded to one length."""
-    first = parts[0]
-    return replace(
-        first,
-        inputs=_join_inputs([part.inputs for part in parts]),
-        streams={layer: torch.cat([part.streams[layer] for part in parts]) for layer in first.streams},
-        cache=tuple(
-            (torch.cat([part.cache[i][0] for part in parts]), torch.cat([part.cache[i][1] for part in parts]))
-            for i in range(len(first.cache))
-        ),
-        logits=torch.cat([part.logits for part in parts]),
-        exact=all(part.exact for part in parts),
-        difference=max(part.difference for part in parts),
+def tensors_of(prefix: Prefix) -> dict[str, Tensor]:
+    """Return all that a full pass has computed, by name, the examples first in each."""
+    made = {f"stream/{layer}": stream for layer, stream in prefix.streams.items()}
+    for layer, (keys, values) in enumerate(prefix.cache):
+        made |= {f"keys/{layer}": keys, f"values/{layer}": values}
+    return (
+        made | {"logits": prefix.logits} | {f"kept/{site}/{name}": acts for (site, name), acts in prefix.kept.items()}
     )
 
 
-def _join_inputs(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    made: dict[str, Any] = {}
-    for name, value in parts[0].items():
-        values = [part[name] for part in parts]
-        made[name] = _join_inputs(values) if isinstance(value, Mapping) else torch.cat(values)
-    return made
+def prefix_from(
+    inputs: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    tuples: bool,
+    exact: bool,
+    difference: float,
+    noise: float = 0.0,
+) -> Prefix:
+    """Return the prefix of `inputs` whose `tensors_of` these are; other names among `tensors` are passed over."""
+    streams, cache, kept = {}, [], {}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition("/")
+        if kind == "stream":
+            streams[int(rest)] = tensor
+        elif kind == "keys":
+            cache.append((tensor, tensors[f"values/{rest}"]))
+        elif kind == "kept":
+            site, _, mark = rest.partition("/")
+            kept[Site.parse(site), mark] = tensor
+    full = {**inputs, "position_ids": positions_of(inputs["attention_mask"])}
+    return Prefix(full, streams, tuple(cache), tensors["logits"], tuples, exact, difference, noise, kept=kept)
 
 
 def positions_of(attention_mask: Tensor) -> Tensor:
@@ -117,7 +133,14 @@ def positions_of(attention_mask: Tensor) -> Tensor:
 
 
 def _accepts(model: nn.Module, name: str) -> bool:
-    return name in inspect.signature(model.forward).parameters
+    kind: Any = type(model)
+    return name in _parameters(kind)
+
+
+@cache
+def _parameters(kind: type) -> frozenset[str]:
+    """Return the names of what a model class's forward takes; looking them up costs a millisecond."""
+    return frozenset(inspect.signature(getattr(kind, "forward")).parameters)  # noqa: B009 (typed as a plain class)
 
 
 def call_inputs(model: nn.Module, inputs: Mapping[str, Any], start: int = 0) -> dict[str, Any]:
@@ -137,8 +160,10 @@ def call_inputs(model: nn.Module, inputs: Mapping[str, Any], start: int = 0) -> 
 
 
 @located_once()
-def prefix_of(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[int]) -> Prefix:
+def prefix_of(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[int], keep: Sequence[Site] = ()) -> Prefix:
     """Return the prefix of left-padded `inputs` (input_ids, attention_mask (B, S), marks), keeping blocks `layers`.
+
+    Of the sites in `keep`, the activations at every mark are kept too.
 
     Raises:
         ShapeMismatch: some example's last column is padding, where its answer would be scored.
@@ -156,7 +181,7 @@ def prefix_of(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[int]
     with ExitStack() as stack:
         watch_call(stack, located.layers[0], after=returned.append)
         stack.enter_context(torch.no_grad())
-        acts = stack.enter_context(capture(model, sites))
+        acts = stack.enter_context(capture(model, list(dict.fromkeys([*sites, *keep]))))
         logits = located.hf(**call_inputs(model, full), past_key_values=cache, use_cache=True).logits[:, -1]
     prefix = Prefix(
         inputs=full,
@@ -164,26 +189,63 @@ def prefix_of(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[int]
         cache=tuple((layer.keys, layer.values) for layer in cache.layers),
         logits=logits,
         tuples=isinstance(returned[0], tuple),
+        kept={(site, name): at_marks(acts[site], columns) for site in keep for name, columns in _marks(inputs).items()},
     )
     return _proved(model, prefix)
 
 
+def _marks(inputs: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    marks: Mapping[str, Tensor] = inputs.get("marks", {})
+    return marks
+
+
+def at_marks(activations: Tensor, columns: Tensor) -> Tensor:
+    """Return activations (B, S, D) at `columns` (B, P): (B, P, D)."""
+    rows = torch.arange(len(activations), device=activations.device)[:, None]
+    return activations[rows, columns.to(activations.device)]
+
+
+@torch.no_grad()
 def _proved(model: nn.Module, prefix: Prefix) -> Prefix:
-    """Return `prefix` with the difference between an unedited suffix and the full pass, on its first examples."""
-    few = prefix.rows(torch.arange(min(2, len(prefix))))
+    """Return `prefix` with the difference between an unedited suffix and the full pass, on its first examples.
+
+    In fp32 it is the largest over the vocabulary, and has to be rounding. Below, a full pass rounds as much: run on
+    other examples beside it, it gives other logits. So there the suffix has to be no farther from the full pass than
+    another full pass of each example, run alone, is (or than one rounding): both as root mean square over the
+    vocabulary, in units of the logits' spread, averaged over examples. (On SmolLM2 in bf16 it is a third as far;
+    positions that are off by one, the least of the mistakes tried, are farther.)
+    """
+    rounded = prefix.logits.dtype != torch.float32
+    few = prefix.rows(torch.arange(min(FEW_ROUNDED if rounded else FEW, len(prefix))))
+    logits = prefix.logits[: len(few)]
     start = prefix.inputs["input_ids"].shape[1] // 2
     if not bool(torch.isfinite(prefix.logits).all()):
         raise BadVector(
             "Prefix: the model's own logits are NaN or infinite, so no score would mean anything. "
             "Check the weights and the dtype."
         )
-    difference = 0.0
-    for layer in list(prefix.streams)[:: max(1, len(prefix.streams) - 1)]:
-        with torch.no_grad():
-            again = _run(model, few, layer, start)
-        difference = max(difference, float((again - few.logits).abs().max() / few.logits.std().clamp_min(1e-6)))
-    tolerance = TOLERANCE if prefix.logits.dtype == torch.float32 else 0.05
-    return replace(prefix, exact=difference <= tolerance, difference=difference)
+    measure = _typical if rounded else _largest
+    layers = list(prefix.streams)[:: max(1, len(prefix.streams) - 1)] or [-1]
+    difference = max(measure(_run(model, few, layer, start), logits) for layer in layers)
+    noise = _typical(_again(model, few), logits) if rounded else 0.0
+    exact = difference <= (max(noise, torch.finfo(logits.dtype).eps) if rounded else TOLERANCE)
+    return replace(prefix, exact=exact, difference=difference, noise=noise)
+
+
+def _again(model: nn.Module, few: Prefix) -> Tensor:
+    """Return (B, V): each example's logits by a full pass on it alone; of a single example, beside itself."""
+    groups = [[row] for row in range(len(few))] if len(few) > 1 else [[0, 0]]
+    return torch.cat([_run(model, few.rows(torch.tensor(rows)), -1, 0)[:1] for rows in groups])
+
+
+def _largest(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.std().clamp_min(1e-6))
+
+
+def _typical(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.float(), expected.float()
+    errors = (found - expected).square().mean(-1).sqrt()  # (B,)
+    return float((errors / expected.std(-1).clamp_min(1e-6)).mean())
 
 
 @contextmanager
@@ -194,13 +256,23 @@ def _skipped(located: Located, count: int, stream: Tensor, tuples: bool) -> Iter
         return (stream,) if tuples else stream
 
     blocks = located.layers[:count]
+    before = [block.__dict__.get("forward") for block in blocks]  # accelerate puts one there too
     try:
         for block in blocks:
             block.forward = stored  # an instance attribute: the class and the module tree stay as they are
         yield
     finally:
-        for block in blocks:
-            block.__dict__.pop("forward", None)
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.forward = forward
+
+
+def _beside(block: nn.Module, tensor: Tensor) -> Tensor:
+    """Return `tensor` where the weights of `block` are; as it is if nobody knows, as of a block that is offloaded."""
+    device = next(block.parameters(), tensor).device
+    return tensor if device.type == "meta" else tensor.to(device)
 
 
 def _run(model: nn.Module, prefix: Prefix, after: int, start: int) -> Tensor:
@@ -210,10 +282,12 @@ def _run(model: nn.Module, prefix: Prefix, after: int, start: int) -> Tensor:
     located = locate(model)
     call = call_inputs(model, prefix.inputs, start)
     if start:
-        call["past_key_values"] = DynamicCache(prefix.past(after + 1, start))
+        past = zip(located.layers, prefix.past(after + 1, start), strict=True)
+        call["past_key_values"] = DynamicCache([(_beside(block, k), _beside(block, v)) for block, (k, v) in past])
     with ExitStack() as stack:
         if after >= 0:
-            stack.enter_context(_skipped(located, after + 1, prefix.stream(after, start), prefix.tuples))
+            stream = _beside(located.layers[after], prefix.stream(after, start))
+            stack.enter_context(_skipped(located, after + 1, stream, prefix.tuples))
         logits: Tensor = located.hf(**call, use_cache=bool(start)).logits[:, -1]
     return logits
 
@@ -247,7 +321,7 @@ def suffix_logits(model: nn.Module, plan: Plan, sources: Sequence[Tensor | None]
     if any(item.resolved_phase == "decode" for item in plan):
         raise UnsupportedModel("Suffix: an intervention of phase 'decode' has no tokens here. Use phase 'prompt'.")
     after = first_block(plan, located.n_layers)
-    usable = prefix.exact and (after in prefix.streams)
+    usable = prefix.exact and (after == -1 or after in prefix.streams)
     start = _first_column(plan, prefix) if usable else 0
     with intervene(model, plan, sources, prompt=prefix.inputs):
         return _run(model, prefix, after if usable else -1, start)

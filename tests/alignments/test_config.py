@@ -15,10 +15,10 @@ from alignments.config import (
     RunDas,
     describe,
     load_config,
-    parse_numbers,
     resolve_layers,
     with_derived,
 )
+from alignments.config_values import parse_numbers
 
 IOI = {"task": "ioi"}
 
@@ -27,7 +27,7 @@ def test_later_sources_win_and_siblings_stay(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("task: ioi\nrank: 2\nlr: 1e-3\nsteps: 7\nn_test: 50\n")
     config = load_config(file, ["rank=4", "steps=8"], {"steps": 9, "seeds": None})
-    assert (config.task, config.lr, config.n_test, config.rank, config.steps) == ("ioi", 0.001, 50, 4, 9)
+    assert (config.task, config.lr, config.n_test, config.rank, config.steps) == ("ioi", 0.001, 50, (4,), 9)
     assert config.seeds == (0, 1, 2)
     sources = [config.sources[key] for key in ("n_test", "rank", "steps", "seeds", "out")]
     assert sources == [str(file), "--set", "flag", "default", "derived"]
@@ -146,7 +146,7 @@ def test_layers_are_resolved_against_the_model() -> None:
 def test_only_what_is_none_is_derived() -> None:
     config = with_derived(load_config(flags=IOI), variable="position", device="cpu")
     assert (config.variable, config.sources["variable"]) == ("position", "derived")
-    with pytest.raises(ConfigError, match=r"Deriving rank: it was given as 8 \(default\)"):
+    with pytest.raises(ConfigError, match=r"Deriving rank: it was given as \[8\] \(default\)"):
         with_derived(config, rank=4)
 
 

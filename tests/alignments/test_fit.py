@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alignments import METHODS, evaluate, fit, predict, wilson
+from alignments import METHODS, Setup, evaluate, fit, predict, wilson
 from alignments.fit import _batches
 from intervene import AllTokens, GatedSwap, Identity, Intervention, ShapeMismatch, Site, Subspace, Swap
 from tests.alignments.planted import DIRECTION, WIDTH, planted_mlp, planted_pairs
@@ -14,7 +14,7 @@ SITE = Site("block_output", 0)
 
 
 def das(rank=1, seed=0):
-    return METHODS["das"](SITE, AllTokens(), WIDTH, rank, seed)
+    return METHODS["das"].make(Setup(SITE, AllTokens(), WIDTH, rank, seed))
 
 
 def test_das_finds_the_planted_direction():
@@ -40,9 +40,9 @@ def test_the_given_direction_is_right_on_every_pair_and_an_orthogonal_one_copies
 def test_full_vector_copies_the_source():
     model = planted_mlp()
     pairs = planted_pairs(model, 100, 3)
-    plan = METHODS["full_vector"](SITE, AllTokens(), WIDTH, 0, 0)
+    plan = METHODS["full_vector"].make(Setup(SITE, AllTokens(), WIDTH))
     assert fit(model, plan, pairs).losses == ()
-    assert torch.equal(predict(plan, pairs), model(pairs.source).argmax(-1))
+    assert torch.equal(predict(plan, pairs), model(pairs.sources[0]).argmax(-1))
 
 
 def test_the_model_and_its_flags_are_untouched():
@@ -110,5 +110,5 @@ def test_a_fitted_plan_is_left_as_it_is_scored():
 
 def test_no_steps_and_no_batch_are_refused():
     model = planted_mlp()
-    with pytest.raises(ShapeMismatch, match=r"Fit of 0 steps with 16 pairs each: both must be at least 1"):
+    with pytest.raises(ShapeMismatch, match=r"Fit of 0 steps with 1 x 16 pairs each: all must be at least 1"):
         fit(model, das(), planted_pairs(model, 64, 0), steps=0, batch_size=16)

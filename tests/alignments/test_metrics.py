@@ -174,6 +174,58 @@ def test_rows_that_allow_no_verdict_say_why() -> None:
         verdict([row(200, split="select"), row(200, split="select", variable="output")])
 
 
+def test_the_verdict_has_one_line() -> None:
+    rows = [row(hits, split=split, seed=seed) for split in ("select", "test") for seed, hits in ((0, 270), (1, 276))]
+    low, high = wilson(273, 300)
+    assert (
+        verdict(rows).line
+        == f"IIA .91 [.{low * 100:.0f},.{high * 100:.0f}], best trivial .50, rank 8, sd .01 over 2 seeds"
+    )
+    rows += [row(156, seed=seed, method="control:random_model") for seed in (0, 1)]
+    assert ", best trivial .50, random-init .52, rank 8, " in verdict(rows).line
+
+
+def test_a_perfect_score_of_one_seed_at_whole_width_has_a_line() -> None:
+    rows = [row(300, split=split, method="full_vector", rank=None) for split in ("select", "test")]
+    assert verdict(rows).line == "IIA 1.00 [.99,1.00], best trivial .50, whole width"
+
+
+def test_the_line_tells_only_the_control_of_its_own_cell() -> None:
+    rows = [row(270, split="select"), row(270), row(200, method="control:random_model", rank=4)]
+    assert "random-init" not in verdict(rows).line
+    assert [one.cell.rank for one in verdict(rows).controls] == [4]
+
+
+def test_facts_are_means_over_seeds_and_tell_the_rank_and_the_width() -> None:
+    first, second = {"hard_rank": 13, "width": 576, "own": 1}, {"hard_rank": 14, "width": 576}
+    told = [replace(row(270), facts=first), replace(row(270, seed=1), facts=second)]
+    (mean,) = mean_over_seeds(told)
+    assert mean.facts == (("hard_rank", 13.5), ("width", 576.0))
+    assert (mean.rank_text, mean.fact("own"), mean.spread) == ("rank 13.5/576", None, 0.0)
+    (mask,) = mean_over_seeds([replace(row(270, method="mask_sae", rank=None), facts={"mask_size": 13, "width": 576})])
+    assert mask.rank_text == "13 features"  # of a dictionary, which is not the site's width
+
+
+def test_each_control_stands_once_at_the_reported_place_if_it_was_run_there() -> None:
+    rows = [row(270, split="select"), row(270)]
+    rows += [row(280, method="control:random_subspace", layer=3), row(150, method="control:random_subspace")]
+    rows += [row(160, method="control:random_subspace", rank=4), row(90, method="control:complement", layer=3)]
+    rows += [row(290, method="control:complement", layer=3, split="select")]
+    found = {one.cell.method: (one.layer, one.cell.rank, one.iia) for one in verdict(rows).controls}
+    assert found == {"control:random_subspace": (14, 8, 0.5), "control:complement": (3, 8, 0.3)}
+    assert verdict(rows).to_json()["controls"]["control:random_subspace"] == [0.5, *wilson(150, 300)]
+
+
+def test_methods_read_as_words() -> None:
+    named = {
+        "das": "DAS",
+        "boundless_faithful": "Boundless DAS faithful",
+        "mask_pca": "mask PCA",
+        "control:rival:token": "control rival token",
+    }
+    assert {name: method_text(name, None) for name in named} == named
+
+
 def test_the_verdict_is_json_with_n_interval_and_split() -> None:
     kept = verdict([row(240, split="select"), row(243)]).to_json()
     assert (kept["n"], kept["split"], kept["selected_on"]) == (300, "test", "select")

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from alignments.config import ConfigError, load_config
-from alignments.problem import check_rank, draw_text, resolve_device, task_defaults
+from alignments.problem import check_rank, resolve_device
+from alignments.text_problem import draw_text
+from alignments.vector_problem import task_defaults
 from intervene import Site
 from tasks import NotEnough, task_named
 from tests.tiny import tiny_model

@@ -6,7 +6,6 @@ import json
 import math
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -15,87 +14,8 @@ from alignments.config import load_config
 from alignments.metrics import mean_over_seeds, verdict, wilson
 from alignments.report import render_report, write_report
 from alignments.report_figures import comparison, heatmap, ink_on
-from alignments.rows import Row
-
-VOID = {"meta", "link", "br", "img", "hr", "input"}
-
-
-class Page(HTMLParser):
-    """Reads a page strictly: every element is closed in order. Keeps visible texts, attributes and scripts."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.texts: list[str] = []
-        self.scripts: list[str] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
-
-    def handle_data(self, data: str) -> None:
-        kind = self.open[-1] if self.open else ""
-        if kind == "script":
-            self.scripts.append(data)
-        elif kind != "style":
-            self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(self.texts)
-
-    @property
-    def figures(self) -> dict[str, dict[str, list[dict[str, object]]]]:
-        found: dict[str, dict[str, list[dict[str, object]]]] = json.loads(self.scripts[0])
-        return found
-
-
-def row(layer: int, position: str, method: str, seed: int, split: str, hits: int, variable: str = "position") -> Row:
-    low, high = wilson(hits, 200)
-    return Row(
-        task="ioi",
-        model="tiny",
-        variable=variable,
-        site=f"L{layer}.block_output",
-        layer=layer,
-        component="block_output",
-        positions=f"Marked({position!r})",
-        position_label=position,
-        method=method,
-        rank=None if method == "full_vector" else 8,
-        seed=seed,
-        split=split,
-        n=200,
-        iia=hits / 200,
-        low=low,
-        high=high,
-        copy_base=0.5,
-        copy_source=0.25,
-        majority=0.125,
-        task_accuracy=0.97,
-        seconds=1.5,
-        extra={"flip": 0.375},
-    )
-
-
-def some_rows(variable: str = "position") -> list[Row]:
-    """Two methods and a control on 2 layers x 2 positions, 2 seeds; the best is DAS at L4, subject2: 165/200."""
-    hits = {(0, "last"): 60, (0, "subject2"): 80, (4, "last"): 90, (4, "subject2"): 160}
-    return [
-        row(layer, position, method, seed, split, count + 10 * seed + bonus, variable)
-        for method, bonus in (("full_vector", -10), ("das", 0), ("control:random_subspace", -50))
-        for (layer, position), count in hits.items()
-        for seed in (0, 1)
-        for split in ("select", "test")
-    ]
+from alignments.statistics import fdr
+from tests.alignments.reported import Page, some_rows
 
 
 def test_the_page_is_whole_and_says_the_verdict_in_words() -> None:
@@ -113,7 +33,8 @@ def test_the_page_loads_nothing() -> None:
     text = render_report(some_rows())
     page = Page(text)
     loading = [(tag, name, value) for tag, name, value in page.attributes if name in ("src", "href", "srcset", "data")]
-    assert loading == [("link", "href", "data:,")]
+    assert [(tag, name) for tag, name, _ in loading] == [("link", "href"), ("a", "href")]
+    assert all(value.startswith(("data:,", "data:text/csv;charset=utf-8;base64,")) for _, _, value in loading)
     policy = next(value for tag, name, value in page.attributes if tag == "meta" and "default-src" in value)
     assert "default-src 'none'" in policy and "http" not in policy
     styles = re.findall(r"<style>(.*?)</style>", text, flags=re.DOTALL)
@@ -152,13 +73,15 @@ def test_the_outline_and_the_stars_are_where_they_belong() -> None:
     rows = [one for one in some_rows() if one.method == "das"]
     best = verdict(rows)
     means = [mean for mean in mean_over_seeds(rows) if mean.split == "test"]
-    figure = heatmap(means, best.reported)
+    figure = heatmap(means, best.reported, {one.mean.cell: one for one in fdr(means)})
     (shape,) = figure["layout"]["shapes"]
     assert (shape["x0"], shape["y0"]) == (0.5, 0.5)  # second column, second layer
     drawn = figure["data"][1]
     texts = {(x, y): text for x, y, text in zip(drawn["x"], drawn["y"], drawn["text"], strict=True)}
     assert texts["subject2", "L4"].endswith("*")
     assert sum(text.endswith("*") for text in texts.values()) == 1
+    hover = figure["data"][0]["hovertext"]
+    assert "adjusted p &lt; 0.001 (binomial" in hover[1][1] and "adjusted p 1.000" in hover[0][0]
     (line,) = comparison(best, [best.reported], [])["layout"]["shapes"]
     assert line["x0"] == best.baseline.high == wilson(100, 200)[1]
 
@@ -200,11 +123,11 @@ def test_texts_of_others_cannot_become_markup() -> None:
 
 
 def test_figure_data_cannot_end_its_script_element() -> None:
-    from alignments.report import _json_in_html
+    from alignments.report_parts import json_in_html
 
     value = {"text": "</script><!-- & é"}
-    assert "<" not in _json_in_html(value)
-    assert json.loads(_json_in_html(value)) == value
+    assert "<" not in json_in_html(value)
+    assert json.loads(json_in_html(value)) == value
 
 
 def test_configuration_environment_and_check_are_shown_with_their_sources() -> None:
@@ -245,7 +168,7 @@ def test_a_trivially_solved_variable_is_not_praised() -> None:
 
 def test_an_unfinished_heatmap_has_holes_and_sites_without_layer_a_row(tmp_path: Path) -> None:
     rows = some_rows()[:-4]
-    rows += [replace(one, site="embedding_output", component="embedding_output", layer=None) for one in rows[:4]]
+    rows += [replace(one, site="embedding_output", component="embedding_output", layer=None) for one in rows[:8]]
     page = Page(write_report(tmp_path / "report.html", rows).read_text(encoding="utf-8"))
     assert any(None in line for figure in page.figures.values() for line in figure["data"][0].get("z", []))  # type: ignore[attr-defined]
     assert any(figure["data"][0]["y"] == ["no layer"] for figure in page.figures.values())

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from alignments import Budget, Facts, Search, cells_of, verdict
+from alignments import Budget, Elsewhere, Facts, Scorer, Search, cells_of, verdict
 from intervene import AllTokens, InterveneError, Site
 from intervene.networks import MLP
 from tests.alignments.planted import WIDTH, planted_mlp, planted_pairs
 
 BASELINES = {
-    split: {"copy_base": 0.5, "copy_source": 1.0, "majority": 0.5, "flip": 0.5} for split in ("select", "test")
+    split: {"copy_base": 0.5, "copy_source": 1.0, "majority": 0.5, "flip": 0.5} for split in ("train", "select", "test")
 }
-FACTS = Facts("planted", "mlp", "sign", BASELINES, {"select": 1.0, "test": None})
+FACTS = Facts("planted", "mlp", "sign", BASELINES, {"train": 1.0, "select": 1.0, "test": None})
 BOTH = ("random_subspace", "random_model")
 SITES = [Site("block_output", 0), Site("block_output", 1)]
 
 
-def search(model=None, *, finished=(), others=None, cells=None, seeds=(0, 1), controls=("random_subspace",)):
+def search(model=None, *, finished=(), others=None, cells=None, seeds=(0, 1), controls=("random_subspace",), **more):
     model = model or planted_mlp()
     splits = {
         split: planted_pairs(model, n, i)
@@ -25,18 +25,8 @@ def search(model=None, *, finished=(), others=None, cells=None, seeds=(0, 1), co
     }
     cells = cells_of(SITES, ["input"], ["das", "full_vector"], 1) if cells is None else cells
     budget = Budget(steps=60, batch_size=64, lr=0.05)
-    return Search(
-        model,
-        splits,
-        lambda name: AllTokens(),
-        cells,
-        FACTS,
-        seeds=seeds,
-        budget=budget,
-        finished=finished,
-        others=others,
-        controls=controls,
-    )
+    scorer = Scorer(model, splits, lambda name: AllTokens(), FACTS, budget=budget, others=others)
+    return Search(scorer, cells, seeds=seeds, finished=finished, controls=controls, **more)
 
 
 def test_the_grid_puts_methods_without_learning_first():
@@ -88,7 +78,7 @@ def test_other_models_are_fitted_only_when_needed_and_named_as_controls():
     def random_model(site):
         network = MLP(WIDTH, WIDTH, 2, 2, seed=7).eval()
         made.append(network)
-        return network, {split: planted_pairs(network, 64, 9) for split in ("train", "select", "test")}
+        return Elsewhere(network, {split: planted_pairs(network, 64, 9) for split in ("train", "select", "test")})
 
     assert not [row for row in search(others={"random_model": random_model}).run() if "model" in row.method]
     rows = list(search(others={"random_model": random_model}, controls=BOTH).run())

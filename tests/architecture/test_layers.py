@@ -24,7 +24,9 @@ STRANGERS = {
     "defenses": {"alignments"},
 }
 # Not every user has these, and some take seconds: they are imported inside the function that needs them.
-IMPORTED_WHERE_USED = ("transformers", "datasets", "peft", "deepspeed", "sklearn", "plotly", "pyvene", "accelerate")
+IMPORTED_WHERE_USED = (
+    *("transformers", "datasets", "peft", "deepspeed", "sklearn", "plotly", "pyvene", "accelerate", "ray"),
+)
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 
 # "path" or "path::function" -> why it may be longer

@@ -13,13 +13,18 @@ from intervene import (
     Affine,
     BadVector,
     BoundarySwap,
+    BudgetSwap,
+    FaithfulBoundarySwap,
     GatedSwap,
+    HardConcreteSwap,
     Identity,
     Intervention,
     LastToken,
+    LowRankAffine,
     Noise,
     Project,
     Scale,
+    SecondBoundarySwap,
     Set,
     ShapeMismatch,
     Site,
@@ -31,8 +36,8 @@ from intervene import (
     interchange,
     intervene,
 )
-from intervene.edits import EDITS, Edit
-from tests.intervene.values import learned, randn
+from intervene.edits import Edit
+from tests.intervene.values import classes, learned, randn
 from tests.tiny import tiny_batch, tiny_model
 
 B, P, K = 2, 3, 6
@@ -52,6 +57,14 @@ CASES = {
     "GatedSwap, hard": lambda: learned(GatedSwap(K)).eval(),
     "BoundarySwap": lambda: BoundarySwap(K, fraction=0.4),
     "BoundarySwap, hard": lambda: BoundarySwap(K, fraction=0.4).eval(),
+    "GatedSwap, groups": lambda: learned(GatedSwap(K, groups=torch.arange(K) // 2)),
+    "HardConcreteSwap": lambda: learned(HardConcreteSwap(K)),
+    "HardConcreteSwap, hard": lambda: learned(HardConcreteSwap(K)).eval(),
+    "BudgetSwap": lambda: learned(BudgetSwap(K, 2)),
+    "BudgetSwap, hard": lambda: learned(BudgetSwap(K, 2)).eval(),
+    "FaithfulBoundarySwap": lambda: FaithfulBoundarySwap(K),
+    "SecondBoundarySwap": lambda: SecondBoundarySwap(FaithfulBoundarySwap(K, variables=2, temperature=1.0)),
+    "LowRankAffine": lambda: learned(LowRankAffine(K, 2)),
     "Affine": lambda: learned(Affine(K)),
     "StopGradient": lambda: StopGradient(torch.arange(K) < 2),
     "StopGradient, all": StopGradient,
@@ -60,7 +73,7 @@ CASES = {
 
 
 def test_every_edit_is_tried():
-    assert {type(make()).__name__ for make in CASES.values()} == EDITS.keys()
+    assert {type(make()).__name__ for make in CASES.values()} == classes(Edit)
 
 
 @pytest.fixture(params=CASES)
@@ -70,7 +83,7 @@ def edit(request):
 
 def other_of(edit, z):
     """Return what the engine hands in beside z."""
-    if edit.draws:
+    if edit.draws and not edit.needs_source:
         return edit.draw(z)
     return randn(*z.shape, seed=2, dtype=z.dtype) if edit.needs_source else None
 

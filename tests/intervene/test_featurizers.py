@@ -11,7 +11,9 @@ from torch import nn
 from intervene import (
     PCA,
     BadVector,
+    Block,
     Coordinates,
+    Featurizer,
     Identity,
     Intervention,
     LastToken,
@@ -23,8 +25,8 @@ from intervene import (
     interchange,
     intervene,
 )
-from intervene.featurizers import FEATURIZERS, orthonormal
-from tests.intervene.values import D, K, frame, randn, sae
+from intervene.frames import orthonormal
+from tests.intervene.values import D, K, classes, frame, learned, randn, sae
 from tests.tiny import tiny_batch, tiny_model
 
 LENSES = {
@@ -34,6 +36,10 @@ LENSES = {
     "Subspace from a weight": lambda: Subspace.from_weight(randn(D, K)),
     "Subspace from a frame": lambda: Subspace.from_frame(frame()),
     "Subspace of full rank": lambda: Subspace(D, D, seed=3),
+    "Subspace, Cayley": lambda: learned(Subspace(D, K, frame="cayley")),
+    "Subspace, Householder": lambda: learned(Subspace(D, K, frame="householder")),
+    "Subspace, matrix_exp": lambda: learned(Subspace(D, K, frame="matrix_exp")),
+    "Block": lambda: Block(Subspace(D, K), 1, 3),
     "PCA": lambda: PCA.fit(randn(40, D, seed=9) + 1, K),
     "SAE": sae,
     "SAE, centred": lambda: sae(centred=True),
@@ -43,7 +49,7 @@ EXACT = ("Identity", "Coordinates")
 
 
 def test_every_featurizer_is_tried():
-    assert {type(make()).__name__ for make in LENSES.values()} == FEATURIZERS.keys()
+    assert {type(make()).__name__ for make in LENSES.values()} == classes(Featurizer)
 
 
 @pytest.fixture(params=LENSES)
@@ -298,8 +304,8 @@ def test_a_subspace_acts_on_a_bf16_model():
     assert lens.weight.grad.dtype == torch.float32 and lens.weight.grad.isfinite().all() and lens.weight.grad.any()
 
 
-def test_only_a_subspace_learns():
+def test_only_subspaces_and_their_blocks_learn():
     for name, make in LENSES.items():
         learning = [p for p in make().parameters() if p.requires_grad]
-        assert bool(learning) == (name in ("Subspace", "Subspace from a weight", "Subspace of full rank")), name
+        assert bool(learning) == (name.startswith(("Subspace", "Block")) and name != "Subspace from a frame"), name
         assert isinstance(make(), nn.Module)

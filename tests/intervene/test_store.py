@@ -18,14 +18,19 @@ from intervene import (
     Affine,
     AllTokens,
     At,
+    Block,
     BoundarySwap,
+    BudgetSwap,
     Coordinates,
     DecodeSteps,
+    FaithfulBoundarySwap,
     First,
     GatedSwap,
+    HardConcreteSwap,
     Identity,
     Intervention,
     LastToken,
+    LowRankAffine,
     Marked,
     Mask,
     Match,
@@ -36,6 +41,7 @@ from intervene import (
     Prompt,
     Response,
     Scale,
+    SecondBoundarySwap,
     Set,
     Site,
     Span,
@@ -53,11 +59,12 @@ from intervene import (
 )
 from intervene.codecs import CONDITION_CODECS, EDIT_CODECS, FEATURIZER_CODECS, POSITION_CODECS
 from intervene.conditions import CONDITIONS
-from intervene.edits import EDITS
-from intervene.featurizers import FEATURIZERS
+from intervene.edits import Edit
+from intervene.featurizers import Featurizer
 from intervene.interventions import modules_of
 from intervene.positions import Positions
 from intervene.store import _ITEM_KEYS, load_plan, save_plan
+from tests.intervene.values import classes
 from tests.tiny import tiny_batch, tiny_model
 
 D = 32
@@ -94,6 +101,10 @@ LENSES = {
     "subspace, random": lambda: Subspace(D, 3, seed=4, trainable=False),
     "subspace, given": lambda: Subspace.from_frame(frame(4)),
     "subspace, given in column order": lambda: Subspace.from_frame(frame(4).mT.contiguous().mT),
+    "subspace, cayley": lambda: filled(Subspace(D, 4, frame="cayley")),
+    "subspace, householder": lambda: filled(Subspace(D, 4, frame="householder")),
+    "subspace, matrix_exp": lambda: filled(Subspace(D, 4, frame="matrix_exp")),
+    "block": lambda: Block(filled(Subspace(D, 6, frame="cayley")), 1, 5),
     "pca": lambda: PCA.fit(randn(50, D), 4),
     "sae relu": lambda: sae("relu", centred=True),
     "sae jumprelu": lambda: sae("jumprelu"),
@@ -130,7 +141,14 @@ EDIT_CASES = {
     "gated, tied": lambda k: filled(GatedSwap(k, tied=True)),
     "boundary": lambda k: BoundarySwap(k, fraction=0.6, temperature=0.11),
     "boundary, hard": lambda k: BoundarySwap(k, fraction=0.6).eval(),
+    "gated, groups": lambda k: filled(GatedSwap(k, groups=torch.arange(k).flip(0) // 2)),
+    "hard concrete": lambda k: filled(HardConcreteSwap(k, temperature=0.3, stretch=(-0.2, 1.3), seed=4)),
+    "budget": lambda k: filled(BudgetSwap(k, 1, temperature=0.2)),
+    "faithful": lambda k: FaithfulBoundarySwap(k, temperature=3.0, fraction=0.6),
+    "faithful, hard": lambda k: FaithfulBoundarySwap(k, fraction=0.9, hard_eval=True).eval(),
+    "second": lambda k: SecondBoundarySwap(FaithfulBoundarySwap(k, temperature=2.0, variables=2)),
     "affine": lambda k: filled(Affine(k)),
+    "low rank affine": lambda k: filled(LowRankAffine(k, 2)),
     "stop gradient": lambda k: StopGradient(torch.arange(k) % 2 == 0),
     "stop all gradient": lambda k: StopGradient(),
     "noise": lambda k: Noise(0.2, seed=5),
@@ -160,13 +178,13 @@ def round_trip(plan, folder, **options):
 
 
 def test_every_class_has_a_codec_and_no_other():
-    assert EDIT_CODECS.keys() == EDITS.keys()
-    assert FEATURIZER_CODECS.keys() == FEATURIZERS.keys()
+    assert EDIT_CODECS.keys() == classes(Edit)
+    assert FEATURIZER_CODECS.keys() == classes(Featurizer)
     assert CONDITION_CODECS.keys() == CONDITIONS.keys()
     ours = {kind.__name__ for kind in Positions.__subclasses__() if kind.__module__.startswith("intervene.")}
     assert POSITION_CODECS.keys() == ours
-    assert {type(make(4)).__name__ for make in EDIT_CASES.values()} == EDITS.keys()
-    assert {type(make()).__name__ for make in LENSES.values()} == FEATURIZERS.keys()
+    assert {type(make(4)).__name__ for make in EDIT_CASES.values()} == classes(Edit)
+    assert {type(make()).__name__ for make in LENSES.values()} == classes(Featurizer)
 
 
 def test_no_field_is_left_out():

@@ -142,7 +142,7 @@ def test_print_config_shows_each_value_with_its_source(tmp_path):
     lines = {line.split()[0]: line.split()[1:] for line in done.output.splitlines() if line.strip()}
     assert lines["rank"][0] == "4" and lines["rank"][-1].endswith("run.yaml")
     assert lines["steps"] == ["60", "--set"] and lines["lr"] == ["0.02", "flag"]
-    assert lines["n_train"][0] == "64000"
+    assert lines["n_train"][0] == "61440"
 
 
 def test_help_names_every_flag():

@@ -76,7 +76,7 @@ def test_pairs_of_all_splits_pass_the_check_and_splits_share_nothing(task):
             report = check(task, task.pairs(split, variable=name, n=40))
             assert report.n == 40
             assert sum(report.labels.values()) == 40
-            assert set(report.kinds.values()) == {20}
+            assert max(report.kinds.values()) - min(report.kinds.values()) <= 1
 
 
 def test_a_drawn_set_never_repeats_a_pair(task):
