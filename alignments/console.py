@@ -1,7 +1,7 @@
 """What a run says on the terminal: progress, the table of scores, the losses of fits.
 
-Up to `FEW` places and four methods are one table with intervals, otherwise up to `LINES` cells a line each; more are
-one map per method, layers down and positions across.
+Up to `FEW` places are one table with intervals, or a line per cell where there are many methods; more are one map per
+method, layers down and positions across.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def print_table(rows: Sequence[Row]) -> None:
     methods = {mean.method_text for mean in shown}
     if len(places) <= FEW and len(methods) <= 4:
         console.print(_list(shown, split, chosen))
-    elif len(shown) <= LINES:
+    elif len(places) <= FEW and len(shown) <= LINES:
         console.print(_lines(shown, split, chosen))
     else:
         for name in dict.fromkeys(mean.method_text for mean in shown):

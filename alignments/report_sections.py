@@ -33,7 +33,7 @@ GOOD = frozenset({"held_out"})
 
 def meaning(method: str) -> str:
     """Return one sentence on what a control would show if it were high."""
-    name, _, detail = method.removeprefix(CONTROL_PREFIX).partition(":")
+    name, _, detail = method.removeprefix(CONTROL_PREFIX).partition("/")[0].partition(":")
     if name == "rival":
         rival = f"“{detail}”" if detail else "a rival variable"
         return f"If high: this place carries {rival} just as well, and the score does not tell them apart."

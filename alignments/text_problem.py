@@ -310,5 +310,6 @@ def random_like(model: nn.Module, seed: int = 0) -> nn.Module:
     if spread:
         from accelerate import dispatch_model  # a model that is spread over devices came by it
 
-        return dispatch_model(made.to(like.dtype), spread).eval()
+        made = dispatch_model(made.to(like.dtype), spread)
+        return made.eval()
     return made.to(device=like.device, dtype=like.dtype).eval()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -91,7 +92,7 @@ class Trackers:
     def __init__(self, config: RunDas, makers: Mapping[str, Callable[[RunDas], Tracker]], say: Callable[[str], None]):
         self.say = say
         self.running: dict[str, Tracker] = {}
-        self.waiting = {name: (lambda make=make: make(config)) for name, make in makers.items()}  # type: ignore[misc]
+        self.config, self.waiting = config, dict(makers)
 
     def row(self, row: Row) -> None:
         """Mirror a row: its IIA, interval and baselines at its layer as step, and the numbers its method learned."""
@@ -108,11 +109,14 @@ class Trackers:
             self._try(name, one.close)
 
     def _log(self, values: Mapping[str, float], step: int) -> None:
-        for name in list(self.waiting):  # started by the first number: a run that is refused before leaves nothing
-            make = self.waiting.pop(name)
-            self._try(name, lambda name=name, make=make: self.running.update({name: make()}))  # type: ignore[misc]
+        for name, make in list(self.waiting.items()):  # started by the first number: a refused run leaves nothing
+            del self.waiting[name]
+            self._try(name, partial(self._start, name, make))
         for name, one in list(self.running.items()):
-            self._try(name, lambda one=one: one.log(values, step))  # type: ignore[misc]
+            self._try(name, partial(one.log, values, step))
+
+    def _start(self, name: str, make: Callable[[RunDas], Tracker]) -> None:
+        self.running[name] = make(self.config)
 
     def _try(self, name: str, act: Callable[[], None]) -> None:
         try:

@@ -126,11 +126,13 @@ def search(name: str, options: argparse.Namespace) -> tuple[list[Row], dict[str,
         cells = cells_of(problem.sites, ("input",), config.methods, config.rank)
         scorer = scorer_of(problem)
         searched = Search(scorer, cells, seeds=config.seeds, strategy="full", finished=record.finished())
-        for row in searched.do(jobs_of(searched, part)):
+        jobs = jobs_of(searched, part)
+        for row in searched.do(jobs):
             record.append(row)
             if row.split == "test":
                 print(f"{name}: {row.method} {row.site} rank {row.rank} seed {row.seed}: {row.iia:.4f}", flush=True)
-        rows = list(record.finished())
+        asked = {scorer.key(job.cell, seed, split) for job in jobs for seed in job.seeds for split in job.splits}
+        rows = [row for row in record.finished() if row.key in asked]  # an earlier run may have had more seeds
         if record.result is None:
             record.finish({"cells": summary(rows)})
     accuracy = round(accuracy_of(vector_task(config), problem.model), 4)

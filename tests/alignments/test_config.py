@@ -167,3 +167,16 @@ def test_the_plain_form_loads_again_to_the_same_run(tmp_path: Path) -> None:
 
 def test_every_key_is_explained() -> None:
     assert set(HELP) == {one.name for one in fields(RunDas)} - {"sources"}
+
+
+def test_trackers_are_named_or_none() -> None:
+    assert load_config(flags=IOI).trackers == ()
+    assert load_config(flags=IOI | {"trackers": "tensorboard, wandb"}).trackers == ("tensorboard", "wandb")
+    assert load_config(flags=IOI | {"trackers": "none"}).trackers == ()
+    with pytest.raises(ConfigError, match="Input should be 'tensorboard' or 'wandb'"):
+        load_config(flags=IOI | {"trackers": "wanb"})
+
+
+def test_a_hint_that_asks_does_not_end_in_a_full_stop() -> None:
+    with pytest.raises(ConfigError, match=r"Did you mean lda, das, mdas\? Meaning"):
+        load_config(flags=IOI | {"methods": "dsa"})

@@ -49,7 +49,7 @@ def test_a_run_leaves_one_folder_with_everything(tmp_path):
     names = {path.name for path in folder.iterdir()}
     assert names >= {"config.json", "environment.json", "metrics.jsonl", "result.json", "report.html", "plan"}
     result = json.loads((folder / "result.json").read_text())
-    assert result["sentence"] in done.stdout.replace("\n", " ") or result["sentence"][:40] in done.stdout
+    assert f"{result['site']} @ {result['positions']}, chosen among" in done.stdout
     assert result["split"] == "test" and result["selected_on"] == "select"
     assert {row["method"] for row in rows(folder)} == {
         "full_vector",

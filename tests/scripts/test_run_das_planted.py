@@ -1,4 +1,4 @@
-"""The command on the model that was built by hand: every strategy and executor, the refusals, and the original's line."""
+"""The command on the model that was built by hand: strategies, executors, refusals, and the original's line."""
 
 from __future__ import annotations
 
