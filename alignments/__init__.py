@@ -7,9 +7,10 @@
 Choice happens on the select split, reporting on test; every row carries its n, interval and trivial baselines.
 """
 
+from alignments.answers import Score, evaluate, predict
 from alignments.config import RunDas, load_config
 from alignments.config_files import ConfigError
-from alignments.fit import Budget, FitResult, Score, evaluate, fit, fit_together, predict
+from alignments.fit import Budget, FitResult, fit, fit_together
 from alignments.methods import METHODS, Method, Setup
 from alignments.metrics import mean_over_seeds, verdict, wilson
 from alignments.pairs import LanguagePairs, PairData

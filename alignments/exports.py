@@ -85,7 +85,8 @@ def drawings(rows: Sequence[Row]) -> dict[str, Drawing]:
         means = mean_over_seeds(own)
         split = max(("test", "select", "train"), key=lambda name: sum(mean.split == name for mean in means))
         shown = [mean for mean in means if mean.split == split]
-        tested = {one.mean.cell: one for one in fdr([mean for mean in shown if not mean.is_control])}
+        candidates = {row.cell for row in own if row.is_candidate}
+        tested = {one.mean.cell: one for one in fdr(mean for mean in shown if mean.cell in candidates)}
         maps: dict[tuple[str, int | None, str], list[SeedMean]] = {}
         for mean in shown:
             maps.setdefault((mean.cell.method, mean.cell.rank, kind_of_site(mean)), []).append(mean)

@@ -1,28 +1,28 @@
-"""`fit` learns a plan's own parameters on a frozen model; `predict` and `evaluate` score a plan with its gates hard.
+"""`fit` learns a plan's own parameters on a frozen model.
 
-`fit_together` and `evaluate_together` do it for several plans of one shape in each forward pass, which is how the
-seeds and ranks of a cell share its cost: the batch is repeated, and each part goes through its own plan.
+`fit_together` does it for several plans of one shape in each forward pass, which is how the seeds of a cell share its
+cost: the batch is repeated, and each part goes through its own plan.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from alignments.metrics import wilson
+from alignments.answers import evaluate_together, together
 from alignments.pairs import PairData
 from alignments.parallel import Group
-from intervene import Intervention, Plan, frozen, trainable_parameters
+from intervene import Plan, frozen, trainable_parameters
 from intervene.errors import ShapeMismatch
 from intervene.interventions import modules_of
-from intervene.parts import Parts
+from intervene.locate import located_once
 from intervene.precision import fast_products
 
 Penalty = Callable[[Plan], Tensor]
@@ -73,17 +73,6 @@ class FitResult:
     losses: tuple[float, ...]
     validation: tuple[tuple[int, float], ...] = ()
     best_step: int = 0
-
-
-@dataclass(frozen=True)
-class Score:
-    """Interchange-intervention accuracy of a plan on some pairs, its Wilson 95 % interval, and IIA by kind of pair."""
-
-    n: int
-    iia: float
-    low: float
-    high: float
-    kinds: dict[str, float] = field(default_factory=dict)
 
 
 def fit(
@@ -189,13 +178,14 @@ class _Fit:
         self.losses: list[Tensor] = []
         self.validated: list[tuple[int, list[float]]] = []
         self.best = [(-math.inf, 0, _state(plan)) for plan in plans]
+        self.ends: list[int | None] = [None] * len(plans)  # the step at which a plan's patience ran out
 
     def run(self, progress: Callable[[int, float], None] | None) -> list[FitResult]:
         """Run the steps; return one result per plan."""
         for module in modules_of(self.joined):
             module.train()
         try:
-            with frozen(self.model):
+            with frozen(self.model), located_once():
                 for step in range(self.budget.steps):
                     self._step(step)
                     if progress is not None:
@@ -208,11 +198,12 @@ class _Fit:
         losses = torch.stack(self.losses).T.tolist()  # (R, steps)
         results = []
         for index, plan in enumerate(self.plans):
-            history = tuple((step, scores[index]) for step, scores in self.validated)
+            end = self.ends[index] or len(self.losses)
+            history = tuple((step, scores[index]) for step, scores in self.validated if step <= end)
             if history:
                 _restore(plan, self.best[index][2])
             best = self.best[index][1] if history else len(self.losses)
-            results.append(FitResult(tuple(losses[index]), history, best))
+            results.append(FitResult(tuple(losses[index][:end]), history, best))
         return results
 
     def _step(self, step: int) -> None:
@@ -261,36 +252,14 @@ class _Fit:
         scores = [score.iia for score in evaluate_together(self.plans, self.validation, group=self.group)]
         self.validated.append((step, scores))
         for index, (score, plan) in enumerate(zip(scores, self.plans, strict=True)):
+            if self.ends[index] is not None:
+                continue  # it ends as it would alone, though others go on
             if score > self.best[index][0]:
                 self.best[index] = score, step, _state(plan)
-        waited = len(self.validated) - 1 - max(self._rank(best[1]) for best in self.best)
-        return self.budget.patience is not None and waited >= self.budget.patience
-
-    def _rank(self, step: int) -> int:
-        return next(index for index, (one, _) in enumerate(self.validated) if one == step)
-
-
-def together(plans: Sequence[Plan]) -> Plan:
-    """Return one plan that applies plan r to the r-th equal part of the batch; a single plan is returned itself.
-
-    Raises:
-        ShapeMismatch: the plans differ in a site, a position or their number of interventions.
-    """
-    if len(plans) == 1:
-        return plans[0]
-    joined = []
-    if len({len(plan) for plan in plans}) > 1:
-        raise ShapeMismatch(f"Plans of {[len(plan) for plan in plans]} interventions: fit them one by one.")
-    for items in zip(*plans, strict=True):
-        places = {(item.site, repr(item.positions), repr(item.source_positions), item.phase) for item in items}
-        if len(places) > 1 or any(item.when is not None for item in items):
-            raise ShapeMismatch(f"{items[0]} and {items[-1]}: not at one place. Fit them one by one.")
-        edit = Parts([(item.featurizer, item.edit) for item in items])
-        first = items[0]
-        joined.append(
-            Intervention(first.site, edit, first.positions, phase=first.phase, source_positions=first.source_positions)
-        )
-    return tuple(joined)
+            waited = sum(self.best[index][1] < one for one, _ in self.validated)
+            if self.budget.patience is not None and waited >= self.budget.patience:
+                self.ends[index] = step
+        return None not in self.ends
 
 
 def _groups(plans: Sequence[Plan], lr: float, rates: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -305,13 +274,18 @@ def _groups(plans: Sequence[Plan], lr: float, rates: Mapping[str, float]) -> lis
     return [{"params": list(found.values()), "lr": lr * factor} for factor, found in by_rate.items()]
 
 
-def _state(plan: Plan) -> list[dict[str, Any]]:
-    return [copy.deepcopy(module.state_dict()) for module in modules_of(plan)]
+_State = list[tuple[dict[str, Any], float | None]]  # parameters and temperature of each module
 
 
-def _restore(plan: Plan, state: list[dict[str, Any]]) -> None:
-    for module, held in zip(modules_of(plan), state, strict=True):
+def _state(plan: Plan) -> _State:
+    return [(copy.deepcopy(one.state_dict()), getattr(one, "temperature", None)) for one in modules_of(plan)]
+
+
+def _restore(plan: Plan, state: _State) -> None:
+    for module, (held, temperature) in zip(modules_of(plan), state, strict=True):
         module.load_state_dict(held)
+        if temperature is not None:
+            setattr(module, "temperature", temperature)  # noqa: B010 (of a gate; soft scores depend on it)
 
 
 def _batches(n: int, size: int, count: int, seed: int) -> list[Tensor]:
@@ -321,74 +295,3 @@ def _batches(n: int, size: int, count: int, seed: int) -> list[Tensor]:
     while len(made) < count:
         made += [rows for rows in torch.split(torch.randperm(n, generator=generator), size) if len(rows) == size]
     return made[:count]
-
-
-@contextmanager
-def _set(plans: Sequence[Plan], *, training: bool) -> Iterator[None]:
-    """Put every module of `plans` into train or eval mode, until the block ends."""
-    modules = [module for plan in plans for module in modules_of(plan)]
-    before = [module.training for module in modules]
-    for module in modules:
-        module.train(training)
-    try:
-        yield
-    finally:
-        for module, was in zip(modules, before, strict=True):
-            module.train(was)
-
-
-@torch.no_grad()
-def predict(plan: Plan, pairs: PairData, *, batch_size: int = 64) -> Tensor:
-    """Return (N,) the top answer of each pair under `plan`, over the whole vocabulary, with gates hard."""
-    return predict_together([plan], pairs, batch_size=batch_size)[0]
-
-
-@torch.no_grad()
-def predict_together(
-    plans: Sequence[Plan], pairs: PairData, *, batch_size: int = 96, hard: bool = True, group: Group | None = None
-) -> Tensor:
-    """Return (R, N): `predict` for each of R plans of one shape, `batch_size` rows in all per forward pass.
-
-    `hard` False leaves learned gates as soft as the fit left them: to be told beside a score, never as it.
-
-    With `group`, each rank answers its share of the pairs, and all return the same.
-    """
-    if any(item.edit.draws for plan in plans for item in plan) and len(plans) > 1:
-        return torch.stack(
-            [predict_together([plan], pairs, batch_size=batch_size, hard=hard, group=group)[0] for plan in plans]
-        )
-    joined = together(plans)
-    mine = torch.arange(len(pairs)) if group is None else group.share(torch.arange(len(pairs)))[0]
-    with _set(plans, training=not hard), _set([joined], training=not hard):
-        found = [
-            pairs.logits(joined, rows.repeat(len(plans))).argmax(-1).view(len(plans), -1)
-            for rows in torch.split(mine, max(1, batch_size // len(plans)))
-        ]
-    answers = torch.cat(found, 1).to(pairs.labels.device)
-    return answers if group is None else group.gathered(answers, len(pairs))
-
-
-def evaluate(plan: Plan, pairs: PairData, *, batch_size: int = 64) -> Score:
-    """Return the share of pairs whose top answer under `plan` is their counterfactual label."""
-    return evaluate_together([plan], pairs, batch_size=batch_size)[0]
-
-
-def evaluate_together(
-    plans: Sequence[Plan], pairs: PairData, *, batch_size: int = 96, group: Group | None = None
-) -> list[Score]:
-    """Return `evaluate` for each of several plans of one shape; with `group`, each rank runs its share of the pairs."""
-    return [score(row, pairs) for row in predict_together(plans, pairs, batch_size=batch_size, group=group)]
-
-
-def score(answers: Tensor, pairs: PairData, rows: Tensor | None = None) -> Score:
-    """Return the score of `answers` (N,) to `pairs`; with `rows`, only of those pairs."""
-    right = answers == pairs.labels
-    chosen = range(len(right)) if rows is None else rows.tolist()
-    hits = [bool(right[index]) for index in chosen]
-    low, high = wilson(sum(hits), len(hits))
-    by_kind: dict[str, list[bool]] = {}
-    for index, hit in zip(chosen, hits, strict=True):
-        if pairs.kinds:
-            by_kind.setdefault(pairs.kinds[index], []).append(hit)
-    kinds = {kind: sum(found) / len(found) for kind, found in sorted(by_kind.items())}
-    return Score(len(hits), sum(hits) / len(hits), low, high, kinds)

@@ -125,6 +125,7 @@ class Method:
         learned: fitted by gradient; otherwise `make` returns the final plan.
         ranked: the rank means something.
         seeded: the seed means something. What is neither learned nor random is run once.
+        interchange: it puts in what the source has there. What does not can locate nothing, so no verdict chooses it.
         penalty: added to the loss, 0-d; None: nothing.
         anneal: called before each step with the progress in [0, 1].
         rates: end of a parameter's name -> factor on the learning rate.
@@ -140,6 +141,7 @@ class Method:
     learned: bool = True
     ranked: bool = True
     seeded: bool = True
+    interchange: bool = True
     penalty: Callable[[Plan, Setup], Tensor] | None = None
     anneal: Callable[[Plan, float], None] | None = None
     rates: Mapping[str, float] = field(default_factory=dict)

@@ -74,4 +74,4 @@ MDAS = Method(
 RANDOM = Method(
     "control:random_subspace", "random subspace", lambda setup: subspace(setup, trainable=False), learned=False
 )
-LOREFT = Method("loreft", "LoReFT (no interchange)", loreft)
+LOREFT = Method("loreft", "LoReFT (no interchange)", loreft, interchange=False)

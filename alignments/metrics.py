@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from alignments.rows import CONTROL_PREFIX, Cell, Row
+from alignments.rows import CONTROL_PREFIX, Cell, Row, preference
 
 Interval = tuple[float, float]
 
@@ -29,6 +29,10 @@ _CERTAIN = 1 - 1e-9  # a baseline that is right on every pair
 
 class NoVerdict(Exception):
     """The rows do not allow one: none on a split, more than one variable, or seeds that are not all there yet."""
+
+
+class Unfinished(NoVerdict):
+    """The cell selected lacks seeds on test."""
 
 
 def wilson(k: float, n: int, level: float = 0.95) -> Interval:
@@ -336,14 +340,18 @@ def verdict(rows: Iterable[Row]) -> Verdict:
     """Return the verdict on one variable's rows; pass one method's rows for a verdict on that method.
 
     The cell with the highest mean on the select split wins; of equals the one of smaller rank (whole width counts as
-    the largest), then the one searched first. Controls never win. Test scores play no part in the choice.
+    the largest), then the one searched first. Controls never win, nor what is no interchange. Test scores play no part.
 
     Raises:
-        NoVerdict: rows of several tasks, models or variables; no candidate on select; or the chosen cell lacks, on
-            test, a seed it has on select.
+        NoVerdict: rows of several tasks, models or variables; no candidate on select. Unfinished: the chosen cell
+            lacks, on test, a seed it has on select.
     """
     rows = list(rows)
-    candidates = [row for row in rows if not row.is_control]
+    candidates = [row for row in rows if row.is_candidate]
+    others = {row.method for row in rows if not row.is_control}
+    if others and not candidates:
+        named = ", ".join(method_text(name, None) for name in sorted(others))
+        raise NoVerdict(f"Verdict: {named} is no interchange, so that its scores cannot locate a variable. Add das.")
     about = {(row.task, row.model, row.variable) for row in candidates}
     if len(about) > 1:
         named = "; ".join(" / ".join(one) for one in sorted(about))
@@ -355,11 +363,11 @@ def verdict(rows: Iterable[Row]) -> Verdict:
             f"Verdict: none of {len(candidates)} rows is on the select split, so nothing was selected fairly. "
             "Score the cells on select, and only the reported one on test."
         )
-    chosen = max(on_select, key=lambda mean: (mean.iia, -math.inf if mean.cell.rank is None else -mean.cell.rank))
+    chosen = max(on_select, key=lambda mean: preference(mean.iia, mean.cell.rank))
     reported = next((mean for mean in means if mean.split == "test" and mean.cell == chosen.cell), None)
     lacking = sorted(set(chosen.seeds) - set(() if reported is None else reported.seeds))
     if reported is None or lacking:
-        raise NoVerdict(
+        raise Unfinished(
             f"Verdict: the cell selected is {chosen.method_text} at {chosen.cell.site} @ {chosen.position_label}, and "
             f"its test rows lack seed {', '.join(map(str, lacking))}. Let the search finish (--resume)."
         )

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from alignments.config import RunDas, with_derived
 from alignments.config_files import ConfigError
 from alignments.pairs import LanguagePairs, PairData, Progress
-from alignments.problem import Problem, Report, check_rank, resolve_config, sites_of, sizes, variables_of
+from alignments.problem import Problem, Report, check_rank, digest, resolve_config, sites_of, sizes, variables_of
 from alignments.scoring import Elsewhere, Facts
 from alignments.space import Space, space_of
 from alignments.text_problem import random_like
@@ -347,7 +347,13 @@ def prepare_original(config: RunDas, model: nn.Module, report: Report, tokenizer
         {"random_model": random_model},
         examples=[] if tokenizer is None else list(_examples(files["test"], tokenizer)),
         tokenizer=tokenizer,
+        digests={split: digest_of(pairs) for split, pairs in files.items()},
     )
+
+
+def digest_of(pairs: OriginalPairs) -> str:
+    """Return the `digest` of ids, labels, variables, ranges and masks."""
+    return digest(one.tolist() if isinstance(one, np.ndarray) else one for one in vars(pairs).values())
 
 
 def _resolved(config: RunDas, files: Mapping[str, OriginalPairs], n_layers: int) -> RunDas:

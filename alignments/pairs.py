@@ -19,6 +19,7 @@ from intervene import Intervention, Plan, Positions, Zero, capture
 from intervene.errors import BadPosition, ShapeMismatch
 from intervene.families import locate, resolve
 from intervene.marked import Marked
+from intervene.parts import Rows
 from intervene.sites import Site
 from intervene.suffix import (
     Prefix,
@@ -255,9 +256,9 @@ class LanguagePairs:
         Raises:
             BadPosition: a source is asked for that was not kept.
         """
-        needing = [item for item in plan if item.edit.needs_source]
-        sources = [self._source(item, needing, rows) if item.edit.needs_source else None for item in plan]
-        return suffix_logits(self.model, plan, sources, self.prefix.rows(rows))
+        sources = [self._source(item)[rows] if item.edit.needs_source else None for item in plan]
+        done = interchanging(plan, None if self.changed is None else self.changed[rows])
+        return suffix_logits(self.model, done, sources, self.prefix.rows(rows))
 
     def activations(self, site: Site, positions: Positions) -> tuple[Tensor, Tensor]:
         """Return the activations of bases and sources at a kept site and mark: (N, P, D) each.
@@ -268,21 +269,11 @@ class LanguagePairs:
         key = resolve(self.model, site).site, _name(positions, f"Activations of {site}")
         return self._kept(self.prefix.kept, key, f"Activations of {site}"), self.streams[key]
 
-    def _source(self, item: Intervention, needing: Sequence[Intervention], rows: Tensor) -> Tensor:
-        """Return the activations (b, P, D) that `item`, one of those `needing` a source, puts in."""
+    def _source(self, item: Intervention) -> Tensor:
+        """Return the sources' activations (N, P, D) that `item` reads."""
         site = item.site if item.site in self.sites else resolve(self.model, item.site).site
         where = item.positions if item.source_positions is None else item.source_positions
-        source = self._kept(self.streams, (site, _name(where, str(item))), str(item))[rows]
-        if self.changed is None or len(needing) == 1:
-            return source
-        if len(needing) != len(self.variables):
-            raise ShapeMismatch(
-                f"Plan with {len(needing)} interventions that need a source: the pairs change "
-                f"{', '.join(self.variables)}. Give one intervention for each, or one for all."
-            )
-        number = next(index for index, one in enumerate(needing) if one is item)
-        own = self._kept(self.prefix.kept, (site, _name(item.positions, str(item))), str(item))[rows]
-        return torch.where(self.changed[rows, number][:, None, None].to(source.device), source, own)
+        return self._kept(self.streams, (site, _name(where, str(item))), str(item))
 
     def _kept(self, held: dict[tuple[Site, str], Tensor], key: tuple[Site, str], what: str) -> Tensor:
         found = held.get(key)
@@ -290,6 +281,32 @@ class LanguagePairs:
             kept = ", ".join(f"{one} @ {name}" for one, name in self.streams)
             raise BadPosition(f"{what}: these pairs keep only {kept}. Name its site and position when making them.")
         return found
+
+
+def interchanging(plan: Plan, changed: Tensor | None) -> Plan:
+    """Return `plan` with each variable's intervention acting only on the pairs that interchange it.
+
+    `changed` (b, number of variables) bool; None, or a plan with a single swap: nothing is held back.
+
+    Raises:
+        ShapeMismatch: the plan has neither one intervention that needs a source nor one per variable.
+    """
+    needing = [number for number, item in enumerate(plan) if item.edit.needs_source]
+    if changed is None or changed.shape[1] < 2 or len(needing) < 2:
+        return plan
+    if len(needing) != changed.shape[1]:
+        raise ShapeMismatch(
+            f"Plan with {len(needing)} interventions that need a source: the pairs interchange {changed.shape[1]} "
+            "variables. Give one intervention for each, or one for all."
+        )
+    held = list(plan)
+    for column, number in enumerate(needing):
+        item = plan[number]
+        edit = Rows(item.edit, changed[:, column])
+        held[number] = Intervention(
+            item.site, edit, item.positions, item.featurizer, item.phase, item.source_positions, item.when
+        )
+    return tuple(held)
 
 
 def _named_variables(changed: Sequence[str], variables: Sequence[str]) -> Tensor:

@@ -271,23 +271,32 @@ class Halving:
         return chosen
 
     def _fits(self, method: str, cells: Sequence[Cell], steps: int) -> Rung | None:
-        """Return the rung of short fits; None: the time ran out before it was finished."""
+        """Return the rung of short fits; None: the time ran out before it was finished, or none could be fitted."""
         begun, pairs = self.clock(), self.scorer.here.splits["select"]
         found: list[Screened] = []
+        fitted: list[Cell] = []
         own = unedited(self.scorer, self.places, self.rows)
         seed = self.search.seeds[0]
         for cell in cells:
             if self._late():
                 self.stopped = f"out of time in the rung of {steps} steps: the result is that of the rung before"
                 return None
-            plan = self.scorer.fitted(Job(cell, (seed,), (), steps))[0]
+            job = Job(cell, (seed,), (), steps)
+            try:
+                plan = self.scorer.fitted(job)[0]
+            except InterveneError as error:
+                self.search.note_failed(job, str(error))
+                continue
+            fitted.append(cell)
             with torch.no_grad():
                 logits = pairs.logits(plan, self.rows)
             found.append(measure(_place(cell), logits, own, pairs, self.rows))
             self.scorer.plans.pop((cell, seed, steps), None)  # only rungs in full are asked for again
+        if not fitted:
+            return None
         number = self.steps.index(steps)
-        cost = sum(self._rung_cost(cell, number) for cell in cells)
-        return Rung(f"{steps} steps", method, steps, tuple(cells), tuple(found), cost, self.clock() - begun)
+        cost = sum(self._rung_cost(cell, number) for cell in fitted)
+        return Rung(f"{steps} steps", method, steps, tuple(fitted), tuple(found), cost, self.clock() - begun)
 
     def _finals(self, method: str, cells: Sequence[Cell]) -> Iterator[Row]:
         """Yield the rows of full fits of `cells`, and of the unlearned methods at their places."""
@@ -307,16 +316,18 @@ class Halving:
 
     def _complete(self, method: str) -> Iterator[Row]:
         """Yield what the best cell lacks: seeds until the best one has them all, then its controls."""
-        best = self.search.best_cell(method)
-        while True:
+        best = self.search.best_or_none(method)
+        while best is not None:
             before = len(self.search.rows)
             yield from self.search.do(self.search.complete(best))
             if len(self.search.rows) > before:
                 self.completion += self.full_cost(best, len(self.search.seeds) - 1, ("select", "test"))
-            again = self.search.best_cell(method)
+            again = self.search.best_or_none(method)
             if again == best:
                 break
             best = again
+        if best is None:
+            return
         used = [one for one in self.search.controls if applies(one, METHODS[method], self.scorer.variables)]
         controls = [Job(control_cell(best, name), self.search.seeds) for name in used]
         fitted = [name for name in used if name not in ("random_subspace", "complement")]

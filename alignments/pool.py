@@ -85,7 +85,12 @@ class Bench:
         try:
             return Answer(tuple(self.scorer.rows(job)))
         except Exception as error:
-            return Answer(problem="error", text=f"{type(error).__name__}: {error}")
+            return Answer(problem="error", text=reason(error))
+
+
+def reason(error: Exception) -> str:
+    """Return why a job failed: a refusal of ours explains itself, another error needs its kind."""
+    return str(error) if isinstance(error, InterveneError) else f"{type(error).__name__}: {error}"
 
 
 class Crew(Protocol):

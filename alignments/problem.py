@@ -6,7 +6,8 @@ variable, layers, positions and device are resolved and checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,16 @@ class Problem:
     others: Mapping[str, Other] = field(default_factory=dict)
     examples: Sequence[Mapping[str, Any]] = ()  # one per test pair, for people to read; empty for vectors
     tokenizer: Any = None
+    digests: Mapping[str, str] = field(default_factory=dict)  # split -> `digest` of its pairs as they were drawn
+
+
+def digest(parts: Iterable[object]) -> str:
+    """Return the first 16 hexadecimal digits of the SHA-256 of texts, numbers, tuples of these, or bytes, in order."""
+    found = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else repr(part).encode()
+        found.update(len(data).to_bytes(8, "big") + data)  # with its length: no two lists of parts read the same
+    return found.hexdigest()[:16]
 
 
 def sizes(config: RunDas) -> dict[str, int]:

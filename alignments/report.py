@@ -28,7 +28,7 @@ from alignments.report_sections import (
     soft_hard_section,
 )
 from alignments.report_template import PAGE, SCRIPT, STYLE
-from alignments.rows import Cell, Row
+from alignments.rows import NO_INTERCHANGE, Cell, Row
 from alignments.statistics import Tested, fdr
 
 MAPS = 8  # heatmaps beyond which only the rank chosen for each method is drawn
@@ -43,10 +43,13 @@ def write_report(
     lint: Mapping[str, Any] | None = None,
     examples: Sequence[Mapping[str, Any]] = (),
     title: str | None = None,
+    failed: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the report of `rows` whole or not at all, and return its path. Arguments as in `render_report`."""
     path = Path(path)
-    page = render_report(rows, config=config, environment=environment, lint=lint, examples=examples, title=title)
+    page = render_report(
+        rows, config=config, environment=environment, lint=lint, examples=examples, title=title, failed=failed
+    )
     part = path.with_name(path.name + ".part")
     part.write_text(page, encoding="utf-8")
     os.replace(part, path)
@@ -61,12 +64,14 @@ def render_report(
     lint: Mapping[str, Any] | None = None,
     examples: Sequence[Mapping[str, Any]] = (),
     title: str | None = None,
+    failed: Mapping[str, str] | None = None,
 ) -> str:
     """Return the page of `rows`, which may be of several variables.
 
     `config` is a mapping or has `to_json()` (a `RunDas` also shows where each value came from); `lint` is the task's
     own check of its pairs, `environment` what `environment.json` holds: nested mappings, shown as they are. `examples`
-    are the records of `examples.jsonl`, of which the failing ones are explored.
+    are the records of `examples.jsonl`, of which the failing ones are explored. `failed` names the cells that could not
+    be scored, each with the reason.
 
     Raises:
         ValueError: there are no rows.
@@ -79,6 +84,8 @@ def render_report(
     for row in rows:
         groups.setdefault((row.task, row.model, row.variable), []).append(row)
     body = [_variable_section(group, figures, named=len(groups) > 1) for group in groups.values()]
+    if failed:
+        body.append(f"<h2>Cells that could not be scored</h2>\n{entries(failed)}")
     if examples:
         body.append(failure_section(examples))
     if lint:
@@ -185,7 +192,7 @@ def _heatmap_section(
 ) -> str:
     """Return the heatmaps of `means`, all of one split; in each the cell that is best on select is outlined."""
     tested = _tested(means)
-    candidates = sum(not mean.is_control for mean in means)
+    candidates = sum(_is_candidate(mean) for mean in means)
     chosen = {one.reported.cell.method: one.reported for one in per_method}
     drawn: list[str] = []
     maps, note = _maps(means, chosen)
@@ -205,9 +212,13 @@ def _heatmap_section(
     )
 
 
+def _is_candidate(mean: SeedMean) -> bool:
+    return not mean.is_control and mean.cell.method not in NO_INTERCHANGE
+
+
 def _tested(means: Sequence[SeedMean]) -> dict[Cell, Tested]:
-    """Return the tests of all cells; controls are a family of their own, for they are no candidates."""
-    families = [[mean for mean in means if mean.is_control is control] for control in (False, True)]
+    """Return the tests of all cells; controls are a family of their own. What is no interchange discovers nothing."""
+    families = [[one for one in means if _is_candidate(one)], [one for one in means if one.is_control]]
     return {one.mean.cell: one for family in families for one in fdr(family)}
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 CONTROL_PREFIX = "control:"  # a method of that name is a control ("control:random_subspace"), never a candidate
+NO_INTERCHANGE = frozenset({"loreft"})  # methods that read no source: `Method.interchange` is False
 EXTRA_PREFIX = "extra."  # key of a task's own trivial baseline in the flat form: "extra.flip"
 KIND_PREFIX = "iia."  # key of the score on one kind of pairs in the flat form: "iia.isolate"
 FACT_PREFIX = "fact."  # key of a number that was learned or measured, in the flat form: "fact.hard_rank"
@@ -148,6 +149,11 @@ class Row:
         return self.method.startswith(CONTROL_PREFIX)
 
     @property
+    def is_candidate(self) -> bool:
+        """Whether a verdict may choose it: it is no control, and its method is an interchange."""
+        return not self.is_control and self.method not in NO_INTERCHANGE
+
+    @property
     def baselines(self) -> dict[str, float]:
         """Return every trivial baseline by the name that reports print: copy-base, copy-source, majority, extras."""
         standard = {"copy-base": self.copy_base, "copy-source": self.copy_source, "majority": self.majority}
@@ -182,6 +188,14 @@ class Row:
                 f"(extra baselines as {EXTRA_PREFIX}<name>); read older files with the version that wrote them."
             )
         return cls(**plain, extra=told["extra"], kinds=told["kinds"], facts=told["facts"])
+
+
+def preference(select_iia: float, rank: int | None) -> tuple[float, float]:
+    """Return what the best cell has most of: IIA on select, then the smaller rank; None, the whole width, is largest.
+
+    Of equals the first of the grid is the best one. Searches, what is saved and verdicts all choose by this.
+    """
+    return select_iia, -math.inf if rank is None else -rank
 
 
 def _is_number(value: object) -> bool:

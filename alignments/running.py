@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 
+from alignments.answers import predict
 from alignments.bundle import save_bundle
 from alignments.config import RunDas, describe, with_derived
 from alignments.config_files import ConfigError
@@ -26,9 +26,7 @@ from alignments.executors_parallel import DataParallel
 from alignments.executors_torchrun import rank
 from alignments.exports import text_summary, write_csv, write_figures
 from alignments.failures import read_examples
-from alignments.fit import predict
-from alignments.methods import METHODS
-from alignments.metrics import NoVerdict, verdict
+from alignments.metrics import NoVerdict, Unfinished, verdict
 from alignments.parallel import joined
 from alignments.planner import Halving
 from alignments.problem import Problem
@@ -46,6 +44,7 @@ from tasks import TaskError
 
 OWN_FILES = ("config.json", "environment.json", "metrics.jsonl", "result.json")  # of a run without rows
 
+Failed = Mapping[Cell, str]  # cell -> why it could not be scored
 MakeExecutor = Callable[[RunDas, Scorer], AbstractContextManager[Executor]]
 
 
@@ -124,6 +123,7 @@ def search_recorded(config: RunDas, record: RunRecord, make_executor: MakeExecut
     say(f"prepared in {time.perf_counter() - begun:.0f} s")
     record.note_environment(
         model_fingerprint=problem.fingerprint,
+        data_digests=problem.digests,
         device=problem.config.device,
         resolved={**problem.config.to_json(), "sources": dict(problem.config.sources)},
     )
@@ -132,7 +132,8 @@ def search_recorded(config: RunDas, record: RunRecord, make_executor: MakeExecut
         record.finish({"do_align": False, "sentence": sentence, "task_accuracy": accuracy_of(problem)})
         return
     with trackers_for(config, say=say) as trackers:
-        finish(problem, record, search(problem, record, make_executor, trackers))
+        told, failed = search(problem, record, make_executor, trackers)
+        finish(problem, record, told, failed)
 
 
 def drop_accuracy_only(config: RunDas) -> None:
@@ -167,8 +168,16 @@ def prepare(config: RunDas) -> Problem:
     return problem
 
 
-def search(problem: Problem, record: RunRecord, make: MakeExecutor, trackers: Trackers) -> dict[str, Any]:
-    """Run the cells that `record` does not hold yet, appending each row; return what the planner says of itself."""
+def search(
+    problem: Problem, record: RunRecord, make: MakeExecutor, trackers: Trackers
+) -> tuple[dict[str, Any], Failed]:
+    """Run the cells that `record` does not hold yet, appending each row.
+
+    Return what the planner says of itself, and the cells that could not be scored.
+
+    Raises:
+        JobsFailed: that is all of them.
+    """
     config, cells, scorer = problem.config, grid(problem), scorer_of(problem)
     scorer.told = losses_told(config.log_every)
     with progress_bars() as report, make(config, scorer) as executor:
@@ -190,8 +199,14 @@ def search(problem: Problem, record: RunRecord, make: MakeExecutor, trackers: Tr
             record.append(row)
             trackers.row(row)
             tell(row)
+        searched.require_scored()
+    for cell, why in searched.failed.items():
+        say(f"could not be scored: {cell_text(cell)}: {why}")
+    if searched.failed:
+        count = len(searched.failed)
+        say(f"{count} cell{'' if count == 1 else 's'} could not be scored and {'is' if count == 1 else 'are'} left out")
     keep_best(problem, searched, record, trackers)
-    return {} if planned is None else planned.summary()
+    return {} if planned is None else planned.summary(), searched.failed
 
 
 def progress_of(searched: Search, report: Any, *, halving: bool) -> Callable[[Row], None]:
@@ -211,12 +226,10 @@ def progress_of(searched: Search, report: Any, *, halving: bool) -> Callable[[Ro
 
 
 def keep_best(problem: Problem, searched: Search, record: RunRecord, trackers: Trackers) -> None:
-    """Save the learned cell that is best on select: its plan, fit and bundle, and what it answers to test pairs."""
-    scored = dict.fromkeys(row.method for row in searched.rows if row.split == "select" and not row.is_control)
-    best = [searched.best_cell(method) for method in scored if METHODS[method].learned]
-    if not best:
+    """Save the learned interchange that is best on select: its plan, fit, bundle, and its answers to test pairs."""
+    cell = searched.best_kept()
+    if cell is None:
         return
-    cell = max(best, key=lambda one: fmean(row.iia for row in rows_of(searched, one) if row.split == "select"))
     plan = searched.plan(cell, problem.config.seeds[0])
     save_plan(plan, record.path("plan"), model=problem.model, overwrite=problem.config.resume)
     write_fits(searched.scorer, cell, record.path("fit.jsonl"), trackers)
@@ -305,9 +318,39 @@ def in_order(rows: Iterable[Row], problem: Problem) -> tuple[Row, ...]:
     return (*sorted(plain, key=key), *sorted(controls, key=lambda row: (row.method, *key(row))))
 
 
-def finish(problem: Problem, record: RunRecord, planned: dict[str, Any]) -> None:
-    """Write result.json, report.html, rows.csv and figures, and print the table and the verdict."""
-    rows = in_order(record.finished(), problem)
+def cell_text(cell: Cell) -> str:
+    """Return a cell as a message names it: "das rank 8 at L1.block_output @ last"."""
+    rank = "" if cell.rank is None else f" rank {cell.rank}"
+    return f"{cell.method}{rank} at {cell.site} @ {cell.positions}"
+
+
+def finish(problem: Problem, record: RunRecord, planned: dict[str, Any], failed: Failed) -> None:
+    """Write result.json, report.html, rows.csv and figures, and print the table and the verdict.
+
+    Rows of cells that failed later are left out: some of their seeds or splits are missing.
+
+    Raises:
+        InterveneError: the cell selected lacks seeds; the run is left unfinished.
+    """
+    lost = {(str(cell.site), cell.positions, cell.method, cell.rank) for cell in failed}
+    whole = [row for row in record.finished() if (row.site, row.positions, row.method, row.rank) not in lost]
+    rows = in_order(whole, problem)
+    result: dict[str, Any] = {"methods": {}, "task_accuracy_by_split": accuracy_of(problem)}
+    result |= {"planner": planned} if planned else {}
+    if failed:
+        result["failed"] = [
+            {
+                "site": str(cell.site),
+                "positions": cell.positions,
+                "method": cell.method,
+                "rank": cell.rank,
+                "reason": why,
+            }
+            for cell, why in failed.items()
+        ]
+    for method in dict.fromkeys(row.method for row in rows if not row.is_control):
+        result["methods"][method] = told_of([row for row in rows if row.method == method])
+    result = {**told_of(rows), **result}
     environment, told = record.path("environment.json"), record.path("examples.jsonl")
     write_report(
         record.path("report.html"),
@@ -316,23 +359,27 @@ def finish(problem: Problem, record: RunRecord, planned: dict[str, Any]) -> None
         environment={name: value for name, value in read_json(environment).items() if name != "resolved"},
         lint=problem.lint,
         examples=read_examples(told) if told.exists() else (),
+        failed={cell_text(cell): why for cell, why in failed.items()},
     )
     write_csv(rows, record.path("rows.csv"))
     write_figures(rows, record.path("figures"), formats=("svg",))
     print_table(rows)
     say(text_summary(rows))
-    result: dict[str, Any] = {"methods": {}, "task_accuracy_by_split": accuracy_of(problem)}
-    result |= {"planner": planned} if planned else {}
-    for method in dict.fromkeys(row.method for row in rows if not row.is_control):
-        try:
-            result["methods"][method] = verdict([row for row in rows if row.method == method]).to_json()
-        except NoVerdict as error:
-            result["methods"][method] = {"sentence": str(error)}
-    try:
-        result = {**verdict(rows).to_json(), **result}
-    except NoVerdict as error:
-        result["sentence"] = str(error)
     record.finish(result)
+
+
+def told_of(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the verdict on `rows` as `result.json` keeps it, or why there is none.
+
+    Raises:
+        InterveneError: the cell selected lacks seeds, so that the search is not at its end.
+    """
+    try:
+        return verdict(rows).to_json()
+    except Unfinished as error:
+        raise InterveneError(str(error)) from None
+    except NoVerdict as error:
+        return {"sentence": str(error)}
 
 
 def read_json(path: Path) -> dict[str, Any]:

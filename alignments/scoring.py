@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from alignments import rows as lines
+from alignments.answers import Score, predict_together, score
 from alignments.controls import complement, shuffled
 from alignments.divergence import divergence_facts
-from alignments.fit import Budget, FitResult, Score, fit_together, predict_together, score
+from alignments.fit import Budget, FitResult, fit_together
 from alignments.methods import METHODS, Method, Setup
 from alignments.pairs import PairData
 from alignments.parallel import Group
@@ -72,11 +73,15 @@ class Facts:
 
 @dataclass(frozen=True, eq=False)
 class Elsewhere:
-    """Another model or other pairs, on which a control is fitted; `facts` None: the search's own, without accuracy."""
+    """Another model or other pairs, on which a control is fitted.
+
+    `facts` None: the search's own, without accuracy. `variables` None: as many as are searched; a rival is one.
+    """
 
     model: nn.Module
     splits: Mapping[str, PairData]
     facts: Facts | None = None
+    variables: int | None = None
 
 
 Other = Callable[[Site], Elsewhere]
@@ -193,7 +198,8 @@ class Scorer:
         if width is None:
             raise InterveneError(f"Site {cell.site}: its width is not known before a forward pass. Name another.")
         where = self.where(cell.positions)
-        return Setup(cell.site, where, width, cell.rank, seed, train, self.variables, self.options)
+        variables = place.variables or self.variables
+        return Setup(cell.site, where, width, cell.rank, seed, train, variables, self.options)
 
     def _place(self, cell: Cell) -> Elsewhere:
         name = control_of(cell)
@@ -213,7 +219,9 @@ class Scorer:
         """Return how far patched activations are from natural ones, and for learned gates the IIA with soft ones."""
         rows = torch.arange(min(MEASURED, len(pairs)))
         found = {}
-        if len({(item.site, repr(item.positions)) for item in plan}) == 1 and len(rows) >= 8:
+        # With several variables a pair interchanges some of them, which `patched` does not follow.
+        one_place = len({(item.site, repr(item.positions)) for item in plan}) == 1
+        if one_place and self.variables == 1 and len(rows) >= 8:
             natural, patched = (one.flatten(0, 1).float() for one in self.patched(plan, pairs, rows))
             found = divergence_facts(natural, patched)
         if any(isinstance(item.edit, Gated) for item in plan):

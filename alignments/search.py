@@ -13,7 +13,8 @@ from statistics import fmean
 from typing import Literal, Protocol
 
 from alignments.methods import METHODS
-from alignments.rows import Row, RowKey
+from alignments.pool import JobsFailed, reason
+from alignments.rows import Row, RowKey, preference
 from alignments.scoring import Cell, Job, Scorer, applies, control_cell
 from intervene import Plan, Site
 from intervene.errors import InterveneError
@@ -22,7 +23,7 @@ Strategy = Literal["grid", "full"]
 
 
 class Executor(Protocol):
-    """Carries out jobs: yields each job with its rows, or with the error that its worker died of."""
+    """Carries out jobs: yields each job with its rows, and at last raises JobsFailed if some could not be done."""
 
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, list[Row]]]:
         """Yield (job, rows) as they are finished, in any order."""
@@ -36,9 +37,21 @@ class Local:
         self.scorer = scorer
 
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, list[Row]]]:
-        """Yield (job, rows) in the order of `jobs`."""
+        """Yield (job, rows) in the order of `jobs`.
+
+        Raises:
+            JobsFailed: after all others: jobs that were refused.
+        """
+        failed: list[tuple[Job, str]] = []
         for job in jobs:
-            yield job, self.scorer.rows(job)
+            try:
+                rows = self.scorer.rows(job)
+            except InterveneError as error:
+                failed.append((job, reason(error)))
+                continue
+            yield job, rows
+        if failed:
+            raise JobsFailed(failed, len(jobs))
 
 
 def cells_of(
@@ -57,6 +70,8 @@ def cells_of(
 
 class Search:
     """One search over prepared pairs. `run()` yields rows as they are finished.
+
+    A cell of which a job fails is out of the search, and `failed` says why; the others go on.
 
     Args:
         scorer: fits and scores here: the plans asked for afterwards, and the jobs if there is no other executor.
@@ -91,25 +106,36 @@ class Search:
         self.grid_splits = tuple(grid_splits)
         self.executor = executor or Local(scorer)
         self.progress = progress
+        self.failed: dict[Cell, str] = {}
+        self._jobs_failed: list[tuple[Job, str]] = []
 
     def run(self) -> Iterator[Row]:
-        """Yield each row once it is known: the grid, the remaining seeds of each method's best cell, its controls."""
+        """Yield each row once it is known: the grid, the remaining seeds of each method's best cell, its controls.
+
+        Raises:
+            JobsFailed: no cell at all could be scored.
+        """
         yield from self.do(self.grid())
+        self.require_scored()
         yield from self.reported()
         for method in dict.fromkeys(cell.method for cell in self.cells if METHODS[cell.method].learned):
-            best = self.best_cell(method)
-            while any(map(self._missing, self.complete(best))):
+            best = self.best_or_none(method)
+            while best is not None and any(map(self._missing, self.complete(best))):
                 yield from self.do(self.complete(best))
-                best = self.best_cell(method)
+                best = self.best_or_none(method)
+            if best is None:
+                continue
             used = [name for name in self.controls if applies(name, METHODS[method], self.scorer.variables)]
             yield from self.do([Job(control_cell(best, name), self.seeds) for name in used])
+        self.require_scored()
 
     def reported(self) -> Iterator[Row]:
         """Yield what the best cells of methods without learning lack: test rows, if the grid had select alone."""
-        scored = {row.method for row in self.rows if row.split == "select"}
-        for method in dict.fromkeys(cell.method for cell in self.cells):
-            if method in scored and not METHODS[method].learned:
-                yield from self.do(self.complete(self.best_cell(method))[:1])
+        for method in dict.fromkeys(cell.method for cell in self.cells if not METHODS[cell.method].learned):
+            best = self.best_or_none(method)
+            while best is not None and any(map(self._missing, self.complete(best)[:1])):
+                yield from self.do(self.complete(best)[:1])
+                best = self.best_or_none(method)
 
     def grid(self) -> list[Job]:
         """Return one job per cell of the grid."""
@@ -123,23 +149,61 @@ class Search:
         return [Job(cell, seeds, splits) for seeds in (first, rest) if seeds]
 
     def do(self, jobs: Iterable[Job]) -> Iterator[Row]:
-        """Carry out what is missing of `jobs`, yielding each new row."""
+        """Carry out what is missing of `jobs`, yielding each new row; note in `failed` what cannot be done."""
         todo = [job for job in map(self._missing, jobs) if job is not None]
         if self.progress is not None and todo:
             self.progress(str(todo[0]))
         known = {row.key for row in self.rows}
-        for _, rows in self.executor.run(todo):
-            for row in rows:
-                if row.key not in known:
-                    known.add(row.key)
-                    self.rows.append(row)
-                    yield row
+        try:
+            for _, rows in self.executor.run(todo):
+                for row in rows:
+                    if row.key not in known:
+                        known.add(row.key)
+                        self.rows.append(row)
+                        yield row
+        except JobsFailed as error:
+            for job, why in error.failed:
+                self.note_failed(job, why)
+
+    def note_failed(self, job: Job, why: str) -> None:
+        """Take the cell of `job` out of the search."""
+        self._jobs_failed.append((job, why))
+        self.failed.setdefault(job.cell, why)
+
+    def require_scored(self) -> None:
+        """Raise JobsFailed if jobs failed and no cell is left with rows."""
+        left = any(not row.is_control and _cell(row) not in self.failed for row in self.rows)
+        if self._jobs_failed and not left:
+            raise JobsFailed(self._jobs_failed, len(self._jobs_failed))
 
     def best_cell(self, method: str) -> Cell:
-        """Return the cell of `method` that is best on select so far; of equals the first searched."""
-        select = [row for row in self.rows if row.split == "select" and row.method == method]
-        scores = {cell: [row.iia for row in select if _cell(row) == cell] for cell in self.cells}
-        return max((cell for cell in self.cells if scores[cell]), key=lambda cell: fmean(scores[cell]))
+        """Return the cell of `method` that is best on select so far, by `preference`; of equals the first of the grid.
+
+        Raises:
+            InterveneError: none is scored.
+        """
+        best = self.best_or_none(method)
+        if best is None:
+            raise InterveneError(f"Search: no cell of {method} is scored on select. Run the search first.")
+        return best
+
+    def best_or_none(self, method: str) -> Cell | None:
+        """Return `best_cell`, None if no cell of `method` is scored, or all that are have failed since."""
+        scores = {cell: self.select_iia(cell) for cell in self.cells if cell.method == method}
+        known = [(cell, score) for cell, score in scores.items() if score is not None and cell not in self.failed]
+        return max(known, key=lambda one: preference(one[1], one[0].rank), default=(None, 0.0))[0]
+
+    def best_kept(self) -> Cell | None:
+        """Return the best cell of all learned methods that are interchanges, by the same order."""
+        methods = dict.fromkeys(cell.method for cell in self.cells)
+        used = [name for name in methods if METHODS[name].learned and METHODS[name].interchange]
+        best = [cell for cell in map(self.best_or_none, used) if cell is not None]
+        return max(best, key=lambda cell: preference(self.select_iia(cell) or 0.0, cell.rank), default=None)
+
+    def select_iia(self, cell: Cell) -> float | None:
+        """Return the mean over seeds on select so far, None if there is none."""
+        scores = [row.iia for row in self.rows if row.split == "select" and _cell(row) == cell]
+        return fmean(scores) if scores else None
 
     def done(self) -> list[Cell]:
         """Return the cells of the grid that are scored with at least the first seed."""
@@ -168,4 +232,5 @@ class Search:
 
 
 def _cell(row: Row) -> Cell:
+    """Return the cell of a row, as jobs name it."""
     return Cell(Site.parse(row.site), row.positions, row.method, row.rank)

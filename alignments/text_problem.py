@@ -23,6 +23,7 @@ from alignments.problem import (
     Report,
     check_rank,
     check_rivals,
+    digest,
     resolve_config,
     resolve_device,
     sites_of,
@@ -209,7 +210,7 @@ class _Text:
         def made(site: Site) -> Elsewhere:
             alone = replace(self.config, variable=name, layers=(site.layer or 0,), force=True)
             problem = prepare_text(alone, self.model, self.tokenizer, self.task, self.report)
-            return Elsewhere(self.model, problem.splits, problem.facts)
+            return Elsewhere(self.model, problem.splits, problem.facts, variables=1)
 
         return made
 
@@ -264,7 +265,14 @@ def prepare_text(config: RunDas, model: nn.Module, tokenizer: Any, task: Task, r
         {"random_model": made.random_model, **{f"rival:{name}": made.rival(name) for name in single}},
         examples=made.examples(),
         tokenizer=tokenizer,
+        digests={split: digest_of(task, pairs) for split, (pairs, _) in made.drawn.items()},
     )
+
+
+def digest_of(task: Task, pairs: Sequence[Pair]) -> str:
+    """Return the `digest` of what is searched of `pairs`: prompts, spans, labels and kinds."""
+    sides = [[(one.prompt, sorted(one.spans.items())) for one in (pair.base, pair.source)] for pair in pairs]
+    return digest((*side, pair.label, task.kind(pair)) for side, pair in zip(sides, pairs, strict=True))
 
 
 def check_accuracy(config: RunDas, accuracy: float, n: int) -> None:

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alignments.answers import predict, score
 from alignments.bundle import Bundle
-from alignments.fit import predict, score
 from alignments.metrics import mean_over_seeds
 from alignments.pairs import LanguagePairs, PairData
 from alignments.rows import Row

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from alignments.pairs import Values
+from alignments.pairs import Values, interchanging
 from intervene import AllTokens, Plan, Positions, Sources, capture, intervene
 from intervene.errors import ShapeMismatch
 from intervene.families import resolve
@@ -51,8 +51,9 @@ class VectorPairs:
         self.kinds: Sequence[str] = tuple(kinds)
         self.values = values
         self.correct: Tensor | None = None
-        # (N,) number of the first source that is not the base itself; 0 if there is none
-        self._first = torch.stack([(one != base).flatten(1).any(1) for one in sources]).int().argmax(0)
+        # (N, number of sources) which sources are not the base itself, and so are interchanged
+        self.changed = torch.stack([(one != base).flatten(1).any(1) for one in sources], 1)
+        self._first = self.changed.int().argmax(1)  # (N,); 0 if there is none
         self._acts: dict[tuple[Site, int], Tensor] = {}
 
     def __len__(self) -> int:
@@ -60,7 +61,8 @@ class VectorPairs:
 
     def logits(self, plan: Plan, rows: Tensor) -> Tensor:
         """Return (b, V) under `plan`."""
-        with intervene(self.model, plan, self._sources(plan, rows)):
+        sources = self._sources(plan, rows)
+        with intervene(self.model, interchanging(plan, self.changed[rows]), sources):
             output: Tensor = self.model(self.base[rows])
         return output
 

@@ -31,7 +31,7 @@ import tasks.vectors as arrays
 from alignments.config import RunDas, with_derived
 from alignments.config_files import ConfigError
 from alignments.pairs import PairData, Values
-from alignments.problem import Problem, Report, check_rank, resolve_config, sites_of, sizes, variables_of
+from alignments.problem import Problem, Report, check_rank, digest, resolve_config, sites_of, sizes, variables_of
 from alignments.scoring import Elsewhere, Facts, Other
 from alignments.vector_pairs import VectorPairs
 from intervene import AllTokens, Site, fingerprint
@@ -310,21 +310,27 @@ def prepare_vectors(config: RunDas, report: Report, *, network_seed: int = 0) ->
     searched = variables_of(config)
     model, _ = trained_network(task, seed=network_seed, report=report)
 
-    def on(network: nn.Module, where: EqualityTask, names: Sequence[str]) -> tuple[dict[str, PairData], Facts]:
-        drawn = {split: draw_vectors(where, names, split, n) for split, n in sizes(config).items()}
+    def draw(where: EqualityTask, names: Sequence[str]) -> dict[str, arrays.VectorPairs]:
+        return {split: draw_vectors(where, names, split, n) for split, n in sizes(config).items()}
+
+    def on(
+        network: nn.Module, where: EqualityTask, names: Sequence[str], drawn: Mapping[str, arrays.VectorPairs]
+    ) -> tuple[dict[str, PairData], Facts]:
         pairs = {split: vector_pairs(where, network, found) for split, found in drawn.items()}
         baselines = {split: baselines_of(found) for split, found in drawn.items()}
         accuracy: dict[str, float | None] = {split: _share(made.correct) for split, made in pairs.items()}
         return dict(pairs), Facts(task.name, "mlp", "+".join(names), baselines, accuracy)
 
+    searched_pairs = draw(task, searched)
+
     def random_model(site: Site) -> Elsewhere:
         network = network_for(task, seed=network_seed + 1)
-        return Elsewhere(network, on(network, task, searched)[0])
+        return Elsewhere(network, on(network, task, searched, searched_pairs)[0])
 
     def rival(name: str, where: EqualityTask) -> Other:
-        return lambda site: Elsewhere(model, *on(model, where, [name]))
+        return lambda site: Elsewhere(model, *on(model, where, [name], draw(where, [name])), variables=1)
 
-    splits, facts = on(model, task, searched)
+    splits, facts = on(model, task, searched, searched_pairs)
     return Problem(
         config,
         model,
@@ -336,7 +342,14 @@ def prepare_vectors(config: RunDas, report: Report, *, network_seed: int = 0) ->
         fingerprint(model),
         {"random_model": random_model}
         | {f"rival:{name}": rival(name, where) for name, where in rivals_of(task, searched).items()},
+        digests={split: digest_of(pairs) for split, pairs in searched_pairs.items()},
     )
+
+
+def digest_of(drawn: arrays.VectorPairs) -> str:
+    """Return the `digest` of the drawn arrays: bases, sources, which are interchanged, labels."""
+    made = (drawn.base, *drawn.sources.values(), drawn.interchanged, drawn.labels)
+    return digest(part for one in made for part in (one.shape, one.tobytes()))
 
 
 def _share(right: Tensor | None) -> float:

@@ -110,3 +110,37 @@ class Parts(Edit):
             read = lens.read(other) if other is not None and edit.needs_source else None
             edited.append(lens.write(own, edit(features, read, *([] if noise is None else [noise]))))
         return torch.cat(edited)
+
+
+class Rows(Edit):
+    """`edit` on the examples where `where` (B,) is true; the others keep their features exactly.
+
+    A pair that does not interchange a variable must not have it touched, whatever the other variables' edits did.
+    """
+
+    def __init__(self, edit: Edit, where: Tensor) -> None:
+        super().__init__()
+        self.edit = edit
+        self.where = where
+        for name in ("needs_source", "draws", "tied"):
+            vars(self)[name] = getattr(edit, name, False)  # of the class elsewhere
+
+    @property
+    def features(self) -> int | None:
+        return self.edit.features
+
+    @property
+    def rows(self) -> int | None:
+        return len(self.where)
+
+    @property
+    def slots(self) -> int | None:
+        return self.edit.slots
+
+    def draw(self, z: Tensor) -> Tensor:
+        drawn: Tensor = self.edit.draw(z)
+        return drawn
+
+    def forward(self, z: Tensor, source: Tensor | None, *drawn: Tensor) -> Tensor:
+        changed: Tensor = self.edit(z, source, *drawn)
+        return torch.where(self.where.to(z.device)[:, None, None], changed, z)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def compute_dtype(h: Tensor) -> torch.dtype:
@@ -31,51 +33,64 @@ def contiguous(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def fast_products() -> Iterator[None]:
-    """Let fp32 linear layers multiply in bf16 and add up in fp32, where the processor can, until the block ends.
+    """Let the linear layers of a frozen fp32 model multiply in bf16 (sums in fp32), until the block ends.
 
-    On CPUs with AMX such a product is three to four times faster; elsewhere nothing changes. Only linear layers are
-    meant, forwards and backwards: attention gets slower by it, and frames and other small matrices are not touched.
-    Storage stays fp32. For the steps of a fit, whose noise is larger; never for a score.
+    Only where the processor has instructions for it (AMX, AVX512-BF16); elsewhere nothing changes. Frozen weights are
+    kept in bf16 beside the model, half its size again: with few rows a product waits for its weights to be read. Only
+    linear layers are meant, forwards and backwards: attention gets slower by it, and frames and other small matrices
+    are not touched. For the steps of a fit, whose noise is larger; never for a score.
     """
+    if not _fast_here():
+        yield
+        return
     with _FastLinears():
         yield
 
 
+@cache
+def _fast_here() -> bool:
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+
+
+_ROUNDED = WeakTensorKeyDictionary()  # frozen weight -> its version and its bf16 copy
+
+
+def _rounded(weight: Tensor) -> Tensor:
+    """Return `weight` in bf16, made once for each of its values."""
+    held: tuple[int, Tensor] | None = _ROUNDED[weight] if weight in _ROUNDED else None  # noqa: SIM401 (get is untyped)
+    if held is None or held[0] != weight._version:
+        held = weight._version, weight.detach().bfloat16()
+        _ROUNDED[weight] = held
+    return held[1]
+
+
 class _FastLinears(TorchFunctionMode):
-    """Sends every `linear` of fp32 tensors through `_FastLinear`."""
+    """Sends every `linear` of fp32 activations and frozen CPU weights through `_FastLinear`."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is nn.functional.linear and not kwargs and args[0].dtype == torch.float32:
+        if func is nn.functional.linear and not kwargs and _suits(*args[:2]):
             return _FastLinear.apply(*args, *[None] * (3 - len(args)))  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
+def _suits(x: Tensor, weight: Tensor) -> bool:
+    here = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    return here and not weight.requires_grad and not weight.is_inference()
+
+
 class _FastLinear(torch.autograd.Function):
-    """x W^T + b whose products, and those of its gradients, may be made in bf16."""
+    """x W^T + b with x and W rounded to bf16, and its gradient to x; the result is fp32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        with _products("medium"):
-            return nn.functional.linear(x, weight, bias)
+        ctx.save_for_backward(_rounded(weight))
+        product = nn.functional.linear(x.bfloat16(), _rounded(weight)).float()
+        return product if bias is None else product + bias
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])  # (B S, out)
-        with _products("medium"):
-            to_x = (rows @ weight).view(*grad.shape[:-1], -1) if ctx.needs_input_grad[0] else None
-            to_weight = rows.mT @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
-        return to_x, to_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
-
-
-@contextmanager
-def _products(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+        (weight,) = ctx.saved_tensors
+        to_x = (grad.bfloat16() @ weight).float() if ctx.needs_input_grad[0] else None
+        return to_x, None, grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None

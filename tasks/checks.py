@@ -18,6 +18,9 @@ from tasks.errors import BadData, TaskError, require_known
 
 # A trivial answer that is right this often leaves no room for a finding.
 _SOLVED = 0.95
+# A rule over one variable is looked for where that has at most so many values, with so many pairs for each on average:
+# then what it gains by being chosen on the pairs it is scored on is small, and no pairs are held out for it.
+_VALUES, _PAIRS_PER_VALUE = 8, 10
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class PairReport:
         labels: label -> number of pairs.
         kinds: the task's kind -> number of pairs.
         baselines: trivial answer -> share of pairs it gets right. "majority" always names the most frequent label of
-            these same pairs, so no constant does better.
+            these same pairs, so no constant does better. "best_base_rule" and "best_source_rule" are there only where
+            they beat all others: see `one_sided_rules`.
         informative: share of pairs whose label is neither the base's answer nor the source's.
     """
 
@@ -59,11 +63,12 @@ class PairReport:
     def __str__(self) -> str:
         """Return the report as lines of text."""
         most = sorted(self.labels.items(), key=lambda item: -item[1])[:5]
+        width = max(12, *map(len, self.baselines))
         lines = [
             f"pairs        {self.n} ({', '.join(f'{count} {kind}' for kind, count in self.kinds.items())})",
             f"labels       {len(self.labels)} different; most often {', '.join(f'{t!r} {c}' for t, c in most)}",
             f"informative  {self.informative:.3f}",
-            *(f"{name:<12} {share:.3f}" for name, share in self.baselines.items()),
+            *(f"{name:<{width}} {share:.3f}" for name, share in self.baselines.items()),
             *(f"beware: {line}" for line in self.warnings),
             *(f"WRONG: {line}" for line in self.problems),
         ]
@@ -88,6 +93,52 @@ def baselines(labels: Sequence[object], answers: Mapping[str, Sequence[object]])
     return {**shares, "majority": max(Counter(labels).values()) / len(labels)}
 
 
+def one_sided_rules(task: Task, pairs: Sequence[Pair]) -> dict[str, tuple[str, float]]:
+    """Return "best_base_rule" and "best_source_rule" -> (variable, share of the labels the rule gets right).
+
+    A rule reads one computed variable on one side, the base's or the source's, and answers with the label most frequent
+    for that value on these very pairs (in a mixture of variables: for that value and the variable interchanged). So it
+    needs no interchange: a score up to its share is no evidence that both sides are combined. It is chosen on the pairs
+    it is scored on; hence only variables of at most 8 values with 10 pairs for each are tried. A side on which there is
+    none, such as one whose variables are all numbers of many values, has no entry.
+    """
+    labels = [pair.label for pair in pairs]
+    variables = [pair.variable for pair in pairs]
+    model = task.causal_model
+    sides = {
+        "best_base_rule": [model.intervene(pair.base.setting, {}) for pair in pairs],
+        "best_source_rule": [model.intervene(pair.source.setting, {}) for pair in pairs],
+    }
+    best: dict[str, tuple[str, float]] = {}
+    for side, settings in sides.items():
+        for name in model.mechanisms:
+            share = _rule_share(list(zip(variables, (one[name] for one in settings), strict=True)), labels)
+            if share is not None and share > best.get(side, ("", 0.0))[1]:
+                best[side] = name, share
+    return best
+
+
+def _rule_share(values: Sequence[tuple[str, object]], labels: Sequence[str]) -> float | None:
+    """Return how often the label most frequent for a value is right, or None where the values are too many."""
+    counts: dict[tuple[str, object], Counter[str]] = {}
+    most = min(_VALUES * len({variable for variable, _ in values}), len(labels) // _PAIRS_PER_VALUE)
+    for value, label in zip(values, labels, strict=True):
+        try:
+            counts.setdefault(value, Counter())[label] += 1
+        except TypeError:  # a list or an array: no value to look up
+            return None
+        if len(counts) > most:
+            return None
+    return sum(max(found.values()) for found in counts.values()) / len(labels)
+
+
+def _told(named: Mapping[str, float], rules: Mapping[str, tuple[str, float]], n: int) -> dict[str, float]:
+    """Return the rules that beat every named baseline by more than two standard errors: more than by being chosen."""
+    best = max(named.values())
+    least = best + 2 * (best * (1 - best) / n) ** 0.5
+    return {side: share for side, (_, share) in rules.items() if share > least}
+
+
 def inspect(task: Task, pairs: Sequence[Pair], split: str | None = None) -> PairReport:
     """Return the report of `pairs`, problems included.
 
@@ -107,12 +158,13 @@ def inspect(task: Task, pairs: Sequence[Pair], split: str | None = None) -> Pair
     labels = [pair.label for pair in pairs]
     names = trivial[0] if trivial else {}
     informative = sum(pair.label not in (pair.base.answer, pair.source.answer) for pair in pairs)
+    named = baselines(labels, {name: [answers[name] for answers in trivial] for name in names})
     return PairReport(
         n=len(pairs),
         problems=problems,
         labels=dict(Counter(labels)),
         kinds=dict(Counter(task.kind(pair) for pair in pairs)),
-        baselines=baselines(labels, {name: [answers[name] for answers in trivial] for name in names}),
+        baselines={**named, **_told(named, one_sided_rules(task, pairs), len(pairs))},
         informative=informative / len(pairs),
     )
 

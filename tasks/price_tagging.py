@@ -14,9 +14,21 @@ s gives what the paper's separate models give: left P(s) and Z_b <= Y_b; right X
 |Z_b - M_s| <= W_b / 2; bracket X_s <= Z_b <= Y_s. Prices are whole cents, so that all of this is exact.
 
 Half of the pairs are labelled yes and half no (the two kinds). For left and right, base and source are drawn by region
-(1 below, 2 inside, 3 above the bracket), uniformly from the region pairs that have the label: so each of copying the
-base and copying the source is right on 0.65 of the pairs. For midpoint and bracket both are drawn independently until
-the label fits.
+(1 below, 2 inside, 3 above the bracket), uniformly from the region pairs that have the label. For midpoint and bracket
+both are drawn independently until the label fits.
+
+Copying is not the best that can be done without an interchange. A rule that reads one side alone does better: of left
+"Z <= Y of the base" (base_check) and "X <= Z of the source" (source_check), of right the mirror images. For left and
+right the exact shares follow from the regions, in every form, and no function of one side has a higher one. For
+midpoint and bracket they are counted on n = 20,000 pairs of the short form, with a standard error below 0.004:
+
+    variable    copy_base   copy_source   base_check   source_check
+    left        13/20       13/20         4/5          4/5
+    right       13/20       13/20         4/5          4/5
+    midpoint    0.698       0.498         0.771        0.511
+    bracket     0.646       0.547         0.735        0.560
+
+All four are baselines of every report: a score for left or right is evidence only above 0.80.
 
 What is held out between splits is the *bracket*: no bracket of one split occurs in another. Prices cannot be held out,
 since every comparison needs all of them. With a fixed `bracket` there is only one, and the amounts are held out.
@@ -38,7 +50,17 @@ from typing import Any
 from tasks.base import Example, Pair, PairSet, Task
 from tasks.causal_model import CausalModel
 from tasks.errors import BadData, NotEnough, TaskError, UnknownName, require_known
-from tasks.price_prompts import Form, amounts_of, bracket_name, brackets_of, cents, dollars, form_named
+from tasks.price_prompts import (
+    NARROWEST,
+    WIDEST,
+    Form,
+    amounts_of,
+    bracket_name,
+    brackets_of,
+    cents,
+    dollars,
+    form_named,
+)
 from tasks.tokens import Tokenizer, token_ids
 
 YES, NO = "yes", "no"
@@ -172,6 +194,20 @@ class PriceTagging(Task):
             )
         return self
 
+    def trivial_answers(self, pair: Pair) -> dict[str, str]:
+        """Return copy_base, copy_source, base_check and source_check: the answer that reads one side alone.
+
+        The other side is replaced by one typical input, the same for all pairs: the middle price, in a bracket of mean
+        width about it (with a fixed bracket, its own middle). That lies inside, so that of left base_check is the
+        base's Z <= Y and source_check the source's X <= Z; of right they are X <= Z and Z <= Y.
+        """
+        base, source, typical = pair.base.setting, pair.source.setting, self._typical()
+        return {
+            **super().trivial_answers(pair),
+            "base_check": self.label(pair.variable, base, typical),
+            "source_check": self.label(pair.variable, {**typical, "yes": base["yes"], "no": base["no"]}, source),
+        }
+
     def draw_setting(self, rng: random.Random, split: str) -> dict[str, Any]:
         """Return one random input of `split`, the amount uniform over all prices: about half are inside."""
         form = form_named(self.form)
@@ -255,6 +291,15 @@ class PriceTagging(Task):
         if self.bracket is None:
             return form.bracket(rng, split)
         return cents(self.bracket[0], form), cents(self.bracket[1], form)
+
+    def _typical(self) -> dict[str, Any]:
+        """Return the input that stands for a side that is not read."""
+        prices = form_named(self.form).amounts
+        if self.bracket is not None:
+            lower, upper = (round(100 * price) for price in self.bracket)
+            return self.setting(lower, upper, (lower + upper) // 2)
+        middle, half = (prices[0] + prices[-1]) // 2, (NARROWEST + WIDEST) // 4
+        return self.setting(middle - half, middle + half, middle)
 
     def _allowed(self, amounts: range, split: str) -> range | tuple[int, ...]:
         """Return the amounts that `split` may use: all, unless the bracket is fixed and they are what is held out."""

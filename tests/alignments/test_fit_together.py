@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alignments import METHODS, Budget, Setup, evaluate, fit, fit_together
-from alignments.fit import evaluate_together, together
+from alignments import METHODS, Budget, Setup, VectorPairs, evaluate, fit, fit_together
+from alignments.answers import evaluate_together, together
 from intervene import AllTokens, Intervention, ShapeMismatch, Site, Swap
 from tests.alignments.planted import WIDTH, planted_mlp, planted_pairs
 
@@ -93,3 +93,44 @@ def test_impossible_budgets_are_refused():
         Budget(steps=0, batch_size=8)
     with pytest.raises(ShapeMismatch, match=r"warm-up 1\.5: it is a share of the steps"):
         Budget(warmup=1.5)
+
+
+def test_a_fit_with_patience_ends_as_it_would_alone():
+    model = planted_mlp()
+    pairs, held = planted_pairs(model, 256, 0), planted_pairs(model, 200, 1)
+    budget = Budget(steps=120, batch_size=32, lr=0.05, validate_every=5, patience=2)
+    joined, alone = [das(seed) for seed in range(3)], [das(seed) for seed in range(3)]
+    results = fit_together(model, joined, pairs, budget, seeds=[0, 1, 2], validation=held)
+    assert len({len(result.losses) for result in results}) > 1  # they end at different steps
+    for seed, plan in enumerate(alone):
+        single = fit_together(model, [plan], pairs, budget, seeds=[seed], validation=held)[0]
+        assert (single.best_step, single.validation) == (results[seed].best_step, results[seed].validation)
+        assert len(single.losses) == len(results[seed].losses)
+    for one, other in zip(frames(joined), frames(alone), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_the_best_parameters_come_back_with_the_temperature_they_were_scored_at():
+    model = planted_mlp()
+    pairs, held = planted_pairs(model, 256, 0), planted_pairs(model, 200, 1)
+    method = METHODS["boundless_faithful"]
+    plan = method.make(Setup(SITE, AllTokens(), WIDTH, None, 0, pairs, options={"soft_eval": True}))
+    edit = plan[0].edit
+
+    def softer(_plan, done):
+        edit.temperature = 0.1 + 50 * done  # backwards, so that an early step is the best
+
+    budget = Budget(steps=60, batch_size=64, lr=0.05, validate_every=5)
+    result = fit_together(model, [plan], pairs, budget, seeds=[0], validation=held, anneal=softer)[0]
+    assert result.best_step < 60 and edit.temperature < 50
+    assert evaluate(plan, held).iia == max(score for _, score in result.validation)
+
+
+def test_overlapping_gates_of_two_variables_do_not_undo_one_another():
+    model = planted_mlp()
+    base, source = torch.randn(40, WIDTH), torch.randn(40, WIDTH)
+    which = torch.arange(40) % 2 == 0  # the even pairs interchange the first variable, the others the second
+    sources = [torch.where(which[:, None], source, base), torch.where(which[:, None], base, source)]
+    pairs = VectorPairs(model, base, sources, torch.zeros(40, dtype=torch.long))
+    both = [Intervention(SITE, Swap()), Intervention(SITE, Swap())]  # whole width each: they overlap everywhere
+    torch.testing.assert_close(pairs.logits(both, torch.arange(40)), model(source))

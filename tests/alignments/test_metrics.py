@@ -231,3 +231,19 @@ def test_the_verdict_is_json_with_n_interval_and_split() -> None:
     assert (kept["n"], kept["split"], kept["selected_on"]) == (300, "test", "select")
     assert (kept["low"], kept["high"]) == wilson(243, 300)
     assert kept["baselines"]["copy-base"] == [0.5, *wilson(150, 300)]
+
+
+def test_what_is_no_interchange_cannot_win_the_verdict() -> None:
+    from alignments.methods import METHODS
+    from alignments.rows import NO_INTERCHANGE
+    from tests.alignments.reported import row as made
+
+    rows = [
+        made(0, "last", method, 0, split, hits)
+        for method, hits in (("das", 120), ("loreft", 190))
+        for split in ("select", "test")
+    ]
+    assert verdict(rows).reported.cell.method == "das" and verdict(rows).candidates == 1
+    with pytest.raises(NoVerdict, match=r"LoReFT is no interchange"):
+        verdict(rows[2:])
+    assert {name for name, method in METHODS.items() if not method.interchange} == NO_INTERCHANGE == {"loreft"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alignments.fit import evaluate
+from alignments.answers import evaluate
 from alignments.planted import FEATURES, WIDTH, planted_frame, planted_model, planted_sites
 from alignments.scoring import Cell, Job
 from intervene import Intervention, Subspace, Swap

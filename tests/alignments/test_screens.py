@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alignments.fit import evaluate
+from alignments.answers import evaluate
 from alignments.screens import (
     Place,
     attribute,

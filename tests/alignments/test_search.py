@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from alignments import Budget, Elsewhere, Facts, Scorer, Search, cells_of, verdict
+from alignments.pool import JobsFailed
+from alignments.scoring import Cell
 from intervene import AllTokens, InterveneError, Site
 from intervene.networks import MLP
 from tests.alignments.planted import WIDTH, planted_mlp, planted_pairs
@@ -92,3 +96,50 @@ def test_other_models_are_fitted_only_when_needed_and_named_as_controls():
 def test_an_empty_grid_is_refused():
     with pytest.raises(InterveneError, match=r"0 cells and 2 seeds: give at least one of each"):
         search(cells=[])
+
+
+def test_a_job_that_is_refused_is_noted_and_the_others_go_on():
+    made = search(cells=cells_of(SITES, ["input"], ["mean_difference", "full_vector"], 1))
+    found = list(made.run())
+    assert {row.method for row in found} == {"full_vector"} and {row.site for row in found} == set(map(str, SITES))
+    assert {cell.site for cell in made.failed} == set(SITES)
+    assert all("the pairs do not say the variable's values" in why for why in made.failed.values())
+    with pytest.raises(InterveneError, match=r"no cell of mean_difference is scored"):
+        made.best_cell("mean_difference")
+
+
+def test_a_search_of_which_no_cell_can_be_scored_says_why_of_each():
+    made = search(cells=cells_of(SITES, ["input"], ["mean_difference"], 1))
+    with pytest.raises(JobsFailed, match=r"2 of 2 could not be done:\n.*L0.*do not say.*\n.*L1.*do not say"):
+        list(made.run())
+
+
+def test_of_equal_cells_the_smaller_rank_is_best_as_in_the_verdict():
+    first = search(cells=[Cell(SITES[0], "input", "das", 2)], seeds=(0,), controls=())
+    found = list(first.run())
+    tied = [replace(row, rank=rank, site=str(site)) for site, rank in ((SITES[0], 2), (SITES[0], 1), (SITES[1], 1))
+            for row in found]  # fmt: skip
+    cells = [Cell(SITES[0], "input", "das", 2), Cell(SITES[0], "input", "das", 1), Cell(SITES[1], "input", "das", 1)]
+    made = search(cells=cells, finished=tied, seeds=(0,))
+    best = made.best_cell("das")
+    assert (best.site, best.rank) == (SITES[0], 1) and made.best_kept() == best
+    chosen = verdict(tied).chosen.cell
+    assert (chosen.site, chosen.rank) == (str(best.site), best.rank)
+
+
+def test_a_cell_whose_other_seed_fails_leaves_the_search_to_the_next():
+    made = search(controls=())
+    whole = made.scorer.rows
+    begun = []
+
+    def refusing(job):
+        begun.append(job)
+        if job.cell.method == "das" and 1 in job.seeds and len({one.cell for one in begun if 1 in one.seeds}) == 1:
+            raise InterveneError("on purpose")
+        return whole(job)
+
+    made.scorer.rows = refusing
+    found = list(made.run())
+    (lost,) = made.failed
+    best = made.best_cell("das")
+    assert best != lost and {row.seed for row in found if row.site == str(best.site) and row.method == "das"} == {0, 1}

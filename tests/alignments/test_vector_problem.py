@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from alignments import vector_problem
+from alignments.answers import evaluate, predict
 from alignments.config import load_config
 from alignments.config_files import ConfigError
 from alignments.executors import scorer_of
-from alignments.fit import evaluate, predict
 from alignments.scoring import Cell, Job, control_cell
 from alignments.vector_problem import (
     VECTOR_TASKS,

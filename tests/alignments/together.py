@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from alignments import METHODS, LanguagePairs, Setup
+from alignments.answers import predict_together
 from alignments.executors_parallel import DataParallel
-from alignments.fit import Budget, fit_together, predict_together
+from alignments.fit import Budget, fit_together
 from alignments.scoring import Cell, Facts, Job, Scorer
 from intervene import AllTokens, GatedSwap, Identity, Intervention, Site
 from intervene.marked import Marked

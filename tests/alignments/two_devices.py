@@ -52,7 +52,8 @@ def split(model: nn.Module):
 
 if __name__ == "__main__":
     from alignments import METHODS, LanguagePairs, Setup
-    from alignments.fit import Budget, fit_together, predict
+    from alignments.answers import predict
+    from alignments.fit import Budget, fit_together
     from benchmarks.pretend import HostCounter
     from intervene.interventions import placed_for, trainable_parameters
     from intervene.marked import Marked

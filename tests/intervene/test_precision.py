@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -13,31 +15,28 @@ from intervene.precision import fast_products
 @pytest.mark.parametrize("bias", [True, False])
 def test_values_and_gradients_are_those_of_the_layer_up_to_bf16(bias):
     torch.manual_seed(0)
-    layer, x = nn.Linear(64, 48, bias=bias), torch.randn(5, 7, 64, requires_grad=True)
+    layer, x = nn.Linear(64, 48, bias=bias).requires_grad_(False), torch.randn(5, 7, 64, requires_grad=True)
     found = []
-    for fast in (False, True):
-        if fast:
-            with fast_products():
-                y = layer(x)
-                y.square().sum().backward()
-        else:
+    for fast in (nullcontext, fast_products):
+        with fast():
             y = layer(x)
             y.square().sum().backward()
-        found.append([y.detach(), x.grad.clone(), *(p.grad.clone() for p in layer.parameters())])
+        found.append([y.detach(), x.grad.clone()])
         x.grad = None
-        layer.zero_grad()
     for plain, fast in zip(*found, strict=True):
         assert plain.shape == fast.shape and fast.dtype == torch.float32
-        assert (plain - fast).norm() <= 0.01 * plain.norm()  # bf16 has 8 bits; fp32 processors give 0
+        assert (plain - fast).norm() <= 0.01 * plain.norm()  # bf16 has 8 bits; other processors give 0
 
 
-def test_the_setting_is_as_before_also_after_an_error_and_inside_other_operations():
-    before = torch.get_float32_matmul_precision()
-    with pytest.raises(RuntimeError, match="on purpose"), fast_products():
-        assert torch.get_float32_matmul_precision() == before  # only within a linear layer is it another
-        nn.functional.linear(torch.ones(2, 3), torch.ones(4, 3))
-        raise RuntimeError("on purpose")
-    assert torch.get_float32_matmul_precision() == before
+def test_a_weight_that_changes_is_rounded_anew_and_one_that_learns_not_at_all():
+    layer, x = nn.Linear(8, 8, bias=False).requires_grad_(False), torch.randn(3, 8)
+    with fast_products():
+        layer(x)
+        layer.weight.mul_(2)
+        torch.testing.assert_close(layer(x), x @ layer.weight.T, atol=0.1, rtol=0.05)
+        layer.requires_grad_(True)
+        layer(x).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, x.sum(0).expand(8, 8))  # exact: it went its usual way
 
 
 def test_frames_are_exact_inside():

@@ -51,6 +51,7 @@ def test_copying_the_base_is_right_on_half_and_copying_the_source_never(variable
     assert report.baselines["majority"] < 0.15
     assert report.kinds == {"same": 150, "different": 150}
     assert report.informative == 0.5
+    assert report.best_trivial == ("copy_base", 0.5)  # no rule of one variable of one side does better
 
 
 def test_pairs_of_mark_never_agree_in_what_lives_beside_it():

@@ -192,6 +192,9 @@ def test_drawn_pairs_have_the_enumerated_baselines(form, variable, n):
     assert report.baselines["majority"] == 0.5
     assert report.baselines["copy_base"] == pytest.approx(0.65, abs=error)
     assert report.baselines["copy_source"] == pytest.approx(0.65, abs=error)
+    assert report.baselines["base_check"] == pytest.approx(0.80, abs=error)
+    assert report.baselines["source_check"] == pytest.approx(0.80, abs=error)
+    assert report.best_trivial[0] in ("base_check", "source_check")
 
 
 @pytest.mark.parametrize(
