@@ -173,7 +173,9 @@ class Scorer:
         plans = [placed_for(place.model, method.make(setup)) for setup in setups]
         if not method.learned:
             return plans
-        validation = training_view(place.splits["select"], method, self.options)
+        validation = None
+        if self.budget.validate_every:
+            validation = training_view(place.splits["select"], method, self.options)
         penalty = method.penalty
         penalties = [None if penalty is None else (lambda plan, s=setup: penalty(plan, s)) for setup in setups]
         told = self.told
@@ -186,7 +188,7 @@ class Scorer:
             penalties=penalties,
             anneal=method.anneal,
             rates=method.rates,
-            validation=validation if self.budget.validate_every else None,
+            validation=validation,
             progress=None if told is None else (lambda step, loss: told(cell, seeds, step, loss)),
             group=self.group,
         )

@@ -177,6 +177,7 @@ POSITION_CODECS = _table(
 REFUSED = {
     "PyveneEdit": "it holds a pyvene module, which only pyvene can rebuild. Save it with pyvene's own save(), or "
     "translate it with from_pyvene() and store that plan.",
+    "Rows": "it belongs to one batch of pairs. Store the edit that it holds.",
     "Parts": "it belongs to one batch of a fit. Store the plan of one part: its featurizer and its edit.",
 }
 

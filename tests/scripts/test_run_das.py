@@ -164,8 +164,12 @@ def test_help_names_every_flag():
 
 @pytest.mark.slow
 def test_hierarchical_equality_is_found_in_the_first_layer_and_not_by_its_controls(tmp_path):
-    """The paper's result (Geiger et al. 2023): IIA over 0.90 in layer 0; random frames and networks near chance."""
-    done = das("--task", "hierarchical_equality", "--layers", "0", "--out", tmp_path / "run")
+    """The paper's result (Geiger et al. 2023): both equalities in layer 0; random frames and networks near chance.
+
+    Each has 4 of 16 directions. For one equality alone at rank 8, half of the width, random frames score .58 (up to .73).
+    """
+    both = ("--variable", "left_equal+right_equal", "--rank", "4")
+    done = das("--task", "hierarchical_equality", *both, "--layers", "0", "--out", tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr
     test = [row for row in rows(tmp_path / "run") if row["split"] == "test"]
 
@@ -174,7 +178,7 @@ def test_hierarchical_equality_is_found_in_the_first_layer_and_not_by_its_contro
         assert len(found) == 3
         return sum(found) / 3
 
-    assert mean("das") >= 0.90
+    assert mean("das") >= 0.95
     assert mean("control:random_subspace") <= 0.60
     assert mean("control:random_model") <= 0.60
 
