@@ -166,7 +166,7 @@ def test_help_names_every_flag():
 def test_hierarchical_equality_is_found_in_the_first_layer_and_not_by_its_controls(tmp_path):
     """The paper's result (Geiger et al. 2023): both equalities in layer 0; random frames and networks near chance.
 
-    Each has 4 of 16 directions. For one equality alone at rank 8, half of the width, random frames score .58 (up to .73).
+    Each has 4 of 16 directions. Of one equality at rank 8, half of the width, random frames find .58 (up to .73).
     """
     both = ("--variable", "left_equal+right_equal", "--rank", "4")
     done = das("--task", "hierarchical_equality", *both, "--layers", "0", "--out", tmp_path / "run")
