@@ -21,6 +21,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from alignments.parallel import launched
 from alignments.pool import RETRIES, Answer, Bench, JobsFailed, Pool, Prepare, ProcessCrew, WorkersLost
 from alignments.rows import Row
 from alignments.scoring import Cell, Job, Scorer
@@ -35,11 +36,6 @@ POLL = 0.1
 def rank() -> int:
     """Return the rank of this process, 0 where nothing like torchrun started it."""
     return int(os.environ.get("RANK", "0"))
-
-
-def launched() -> bool:
-    """Return whether something like torchrun started this process."""
-    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 class Torchrun:
