@@ -11,7 +11,7 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 
 BIN := .venv/bin
-PACKAGES := intervene alignments tasks
+PACKAGES := intervene records alignments tasks
 SOURCES := $(PACKAGES) tests $(wildcard benchmarks) $(wildcard *.py)
 # The stamp carries a digest of what was asked for, and is written last: a killed set-up leaves none.
 DIGEST := $(shell cat pyproject.toml constraints.txt | (sha256sum 2>/dev/null || shasum -a 256) | cut -c1-16)

@@ -22,7 +22,6 @@ import typer
 from rich.markup import escape
 
 from alignments.config import HELP, RunDas, describe, load_config
-from alignments.config_files import ConfigError
 from alignments.console import console, say
 from alignments.methods import describe_methods, describe_options
 from alignments.original import original_flags
@@ -30,6 +29,7 @@ from alignments.record import RecordError
 from alignments.running import run
 from alignments.vector_problem import task_defaults
 from intervene.errors import InterveneError, asked_found_do
+from records.config_files import ConfigError
 from tasks import TASKS, TaskError
 from tasks.user import write_template
 

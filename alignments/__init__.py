@@ -9,7 +9,6 @@ Choice happens on the select split, reporting on test; every row carries its n, 
 
 from alignments.answers import Score, evaluate, predict
 from alignments.config import RunDas, load_config
-from alignments.config_files import ConfigError
 from alignments.fit import Budget, FitResult, fit, fit_together
 from alignments.methods import METHODS, Method, Setup
 from alignments.metrics import mean_over_seeds, verdict, wilson
@@ -23,6 +22,7 @@ from alignments.search import Executor, Local, Search, cells_of
 from alignments.text_problem import prepare_text
 from alignments.vector_pairs import VectorPairs
 from alignments.vector_problem import prepare_vectors
+from records.config_files import ConfigError
 
 __all__ = [
     "METHODS",

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from alignments.config_files import ConfigError, read_file, read_sets
 from alignments.config_values import (
     Controls,
     Count,
@@ -32,6 +31,7 @@ from alignments.config_values import (
     Whole,
 )
 from intervene.errors import asked_found_do, close_names
+from records.config_files import ConfigError, read_file, read_sets
 
 _NESTED = ("options", "task_options")  # keys that hold named values themselves
 

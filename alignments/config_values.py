@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from alignments.config_files import ConfigError
 from alignments.methods import METHODS, OPTIONS
 from alignments.rows import CONTROL_PREFIX
 from intervene.errors import InterveneError, close_names
+from records.config_files import ConfigError
 
 CONTROLS = ("random_subspace", "random_model", "shuffled_labels", "complement")
 _RANGE = re.compile(r"^(-?\d+)(?:-(\d+)(?::(\d+))?)?$")  # "4", "-1", "0-29", "0-29:4"

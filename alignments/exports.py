@@ -17,11 +17,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from alignments.curves import RankCurve, rank_curves
-from alignments.drawing import SOFT, Box, Dot, Drawing, Line, Text, require_pillow
 from alignments.metrics import NoVerdict, SeedMean, Verdict, mean_over_seeds, method_text, verdict
 from alignments.report_figures import CURVES, colour_at, ink_on, kind_of_site, starred
 from alignments.rows import Cell, Row
 from alignments.statistics import Tested, fdr
+from records.drawing import SOFT, Box, Dot, Drawing, Line, Text, require_pillow
 
 FORMATS = ("svg", "png")
 CELL_WIDTH, CELL_HEIGHT = 58, 28

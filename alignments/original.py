@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from alignments.config_files import ConfigError, read_file
 from alignments.rows import BadRow, Row
 from intervene.errors import asked_found_do, close_names
+from records.config_files import ConfigError, read_file
 
 _BRACKET = {"form": "alpaca", "bracket": [5.49, 8.49]}
 # task_name there -> variable and task options here. "fixed" is the left boundary with one bracket for all prompts.

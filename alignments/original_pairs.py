@@ -28,7 +28,6 @@ import torch
 from torch import Tensor, nn
 
 from alignments.config import RunDas, with_derived
-from alignments.config_files import ConfigError
 from alignments.pairs import LanguagePairs, PairData, Progress
 from alignments.problem import Problem, Report, check_rank, digest, resolve_config, sites_of, sizes, variables_of
 from alignments.scoring import Elsewhere, Facts
@@ -39,6 +38,7 @@ from intervene import Site, fingerprint
 from intervene.errors import BadPosition, asked_found_do
 from intervene.families import locate
 from intervene.marked import Marked
+from records.config_files import ConfigError
 from tasks import SPLITS, BadData
 from tasks.original import OriginalPairs, read_original
 

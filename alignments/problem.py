@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from alignments.config import RunDas, resolve_layers, with_derived
-from alignments.config_files import ConfigError
 from alignments.methods import METHODS
 from alignments.pairs import PairData
 from alignments.scoring import Facts, Other
@@ -23,6 +22,7 @@ from alignments.tokens import WHOLE, is_column
 from intervene import Positions, Site
 from intervene.errors import asked_found_do
 from intervene.families import resolve
+from records.config_files import ConfigError
 
 OUTSIDE = ("embedding_output", "final_norm_output")  # components that belong to no block
 SPLITS = ("train", "select", "test")

@@ -18,7 +18,6 @@ import torch
 from alignments.answers import predict
 from alignments.bundle import save_bundle
 from alignments.config import RunDas, describe, with_derived
-from alignments.config_files import ConfigError
 from alignments.console import accuracy_of, losses_told, print_accuracy, print_table, progress_bars, say
 from alignments.dry_run import dry_run
 from alignments.executors import executor_for, problem_from, scorer_from, scorer_of, work_for
@@ -40,6 +39,7 @@ from alignments.trackers import Trackers, require_trackers, trackers_for
 from intervene import Plan
 from intervene.errors import InterveneError, asked_found_do
 from intervene.store import save_plan
+from records.config_files import ConfigError
 from tasks import TaskError
 
 OWN_FILES = ("config.json", "environment.json", "metrics.jsonl", "result.json")  # of a run without rows

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from alignments.config import RunDas
-from alignments.config_files import ConfigError
 from alignments.metrics import wilson
 from alignments.pairs import LanguagePairs, PairData, Values
 from alignments.planted import planted_model
@@ -38,6 +37,7 @@ from intervene.errors import asked_found_do
 from intervene.families import locate
 from intervene.marked import Marked
 from intervene.models import load_model
+from records.config_files import ConfigError
 from tasks import TASKS, BadData, Example, Pair, PairReport, PairSet, Task, inspect, require_distinguishable, task_named
 from tasks import lint as look
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from alignments.config import RunDas
-from alignments.config_files import ConfigError
 from alignments.rows import Row
 from intervene.errors import asked_found_do
+from records.config_files import ConfigError
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 import tasks.vectors as arrays
 from alignments.config import RunDas, with_derived
-from alignments.config_files import ConfigError
 from alignments.pairs import PairData, Values
 from alignments.problem import Problem, Report, check_rank, digest, resolve_config, sites_of, sizes, variables_of
 from alignments.scoring import Elsewhere, Facts, Other
@@ -40,6 +39,7 @@ from intervene.errors import asked_found_do
 from intervene.families import locate
 from intervene.files import beside
 from intervene.networks import MLP, train_classifier
+from records.config_files import ConfigError
 from tasks import DistributiveLaw, HierarchicalEquality
 from tasks.vectors import EqualityTask
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from alignments import drawing
-from alignments.drawing import Box, Drawing, Line, MissingPillow, Text
 from alignments.exports import csv_text, drawings, text_summary, write_csv, write_figures
 from alignments.metrics import verdict, wilson
 from alignments.report_figures import colour_at
 from alignments.rows import Row
+from records import drawing
+from records.drawing import Box, Drawing, Line, MissingPillow, Text
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from alignments.config_files import ConfigError
 from alignments.original import (
     FLAGS,
     ORIGINAL_TASKS,
@@ -20,6 +19,7 @@ from alignments.original import (
     run_name,
 )
 from intervene import Site
+from records.config_files import ConfigError
 from tests.alignments.test_bundle import row
 
 DOC = Path(__file__).resolve().parents[2] / "docs" / "run_alignment_flags.md"

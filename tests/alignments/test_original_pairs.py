@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from alignments.config import RunDas
-from alignments.config_files import ConfigError
 from alignments.fit import Budget
 from alignments.original_pairs import (
     baselines_of,
@@ -24,6 +23,7 @@ from alignments.original_pairs import (
 from alignments.scoring import Cell, Job, Scorer
 from intervene import BadPosition, Intervention, Site, Subspace, Swap
 from intervene.marked import Marked
+from records.config_files import ConfigError
 from tasks import BadData
 from tasks.original import OriginalPairs, read_original, write_original
 from tests.tiny import VOCABULARY, tiny_model

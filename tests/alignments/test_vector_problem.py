@@ -9,7 +9,6 @@ import torch
 from alignments import vector_problem
 from alignments.answers import evaluate, predict
 from alignments.config import load_config
-from alignments.config_files import ConfigError
 from alignments.executors import scorer_of
 from alignments.scoring import Cell, Job, control_cell
 from alignments.vector_problem import (
@@ -28,6 +27,7 @@ from alignments.vector_problem import (
 )
 from intervene import AllTokens, Identity, Intervention, Site, Swap
 from intervene.networks import MLP
+from records.config_files import ConfigError
 from tasks import DistributiveLaw, HierarchicalEquality
 
 EQUALITY, LAW = HierarchicalEquality(), DistributiveLaw()

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("intervene", "alignments", "tasks", "defenses")
+PACKAGES = ("intervene", "records", "alignments", "tasks", "defenses")
 SCRIPTS = ("run_das", "train_defense")
 
 

@@ -18,8 +18,9 @@ CHAINS = (
     ("edits", "interventions", "run"),
 )
 STRANGERS = {
+    "records": {"tasks", "alignments", "defenses", "torch", "transformers"},
     "tasks": {"intervene", "alignments", "defenses", "torch", "transformers"},
-    "intervene": {"tasks", "alignments", "defenses"},
+    "intervene": {"records", "tasks", "alignments", "defenses"},
     "alignments": {"defenses"},
     "defenses": {"alignments"},
 }
@@ -82,7 +83,7 @@ def test_the_core_loads_only_torch_safetensors_and_numpy(module):
     assert not found, f"{module} imports {sorted(found)} when it is loaded; import it in the function that uses it."
 
 
-@pytest.mark.parametrize("package", ["alignments", "tasks", "defenses"])
+@pytest.mark.parametrize("package", ["records", "alignments", "tasks", "defenses"])
 def test_heavy_libraries_are_imported_where_they_are_used(package):
     for module in modules_of(package):
         found = tops(imports(module, inside_functions=False)) & set(IMPORTED_WHERE_USED)
