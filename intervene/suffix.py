@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from intervene.errors import BadVector, ShapeMismatch, UnsupportedModel
-from intervene.families import Located, locate, located_once
+from intervene.families import Located, locate, located_once, resolve
 from intervene.hooks import watch_call
 from intervene.interventions import Plan
 from intervene.run import capture, intervene
@@ -132,7 +132,8 @@ def positions_of(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(1) - 1).clamp_min(0)
 
 
-def _accepts(model: nn.Module, name: str) -> bool:
+def accepts(model: nn.Module, name: str) -> bool:
+    """Return whether the forward of `model` takes an argument of that name."""
     kind: Any = type(model)
     return name in _parameters(kind)
 
@@ -150,9 +151,9 @@ def call_inputs(model: nn.Module, inputs: Mapping[str, Any], start: int = 0) -> 
         "input_ids": inputs["input_ids"][:, start:],
         "attention_mask": inputs["attention_mask"],
     }
-    if _accepts(hf, "position_ids"):
+    if accepts(hf, "position_ids"):
         call["position_ids"] = inputs["position_ids"][:, start:]
-    if _accepts(hf, "logits_to_keep"):
+    if accepts(hf, "logits_to_keep"):
         # As a tensor, not as the number 1: the slice it would make is not contiguous, and the product with the
         # vocabulary then runs example by example (measured: four fifths of a training step).
         call["logits_to_keep"] = torch.tensor([call["input_ids"].shape[1] - 1], device=call["input_ids"].device)
@@ -267,6 +268,51 @@ def _skipped(located: Located, count: int, stream: Tensor, tuples: bool) -> Iter
                 block.__dict__.pop("forward", None)
             else:
                 block.forward = forward
+
+
+class KeptStream:
+    """The output of one block in the latest pass, without its gradient, and a way to start other passes from it."""
+
+    def __init__(self, located: Located, layer: int) -> None:
+        """Hold block `layer` of a located model; `kept_stream` is what makes one."""
+        self._located, self._layer = located, layer
+        self._tuples = False
+        self.stream: Tensor | None = None
+
+    def _take(self, returned: Any) -> None:
+        if returned is None:  # the block raised
+            return
+        self._tuples = isinstance(returned, tuple)
+        self.stream = (returned[0] if self._tuples else returned).detach()
+
+    @contextmanager
+    def handed_on(self) -> Iterator[None]:
+        """Let passes inside the block hand the kept stream on, and compute only what is above it.
+
+        The same batch has to be run. An intervention at the kept block acts on what is handed on; one below it would
+        act on nothing.
+
+        Raises:
+            ShapeMismatch: no pass was kept.
+        """
+        if self.stream is None:
+            raise ShapeMismatch("Kept stream: no pass has run in its block. Call the model there first.")
+        with _skipped(self._located, self._layer + 1, self.stream, self._tuples):
+            yield
+
+
+@contextmanager
+def kept_stream(model: nn.Module, layer: int) -> Iterator[KeptStream]:
+    """Keep what block `layer` returns in each pass inside the block, so that a second pass can share the first one's.
+
+    Raises:
+        SiteOutOfRange: the model has no such block.
+    """
+    located = locate(model)
+    kept = KeptStream(located, resolve(model, Site("block_output", layer)).site.layer or 0)
+    with ExitStack() as stack:
+        watch_call(stack, located.layers[kept._layer], after=kept._take)
+        yield kept
 
 
 def _beside(block: nn.Module, tensor: Tensor) -> Tensor:
