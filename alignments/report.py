@@ -17,7 +17,6 @@ from typing import Any
 
 from alignments.metrics import NoVerdict, SeedMean, Verdict, mean_over_seeds, method_text, verdict
 from alignments.report_figures import Figure, comparison, heatmap, heatmap_summary, kind_of_site
-from alignments.report_parts import Entry, entries, figure, interval, json_in_html, line, share, table, whole
 from alignments.report_sections import (
     control_section,
     divergence_section,
@@ -27,11 +26,17 @@ from alignments.report_sections import (
     rank_section,
     soft_hard_section,
 )
-from alignments.report_template import PAGE, SCRIPT, STYLE
 from alignments.rows import NO_INTERCHANGE, Cell, Row
 from alignments.statistics import Tested, fdr
+from records.page_parts import Entry, entries, figure, interval, line, page, share, table, whole
 
 MAPS = 8  # heatmaps beyond which only the rank chosen for each method is drawn
+
+FOOTER = """
+<p>Intervals are Wilson 95 % intervals of the mean over seeds, at the number of pairs n; seeds share the pairs, so they
+do not add to n, and what they differ by is shown next to it. A score is called above a baseline when the two intervals
+do not overlap; the stars on the heatmaps are the exact tests described there.</p>
+"""
 
 
 def write_report(
@@ -95,17 +100,7 @@ def render_report(
     variables = ", ".join(dict.fromkeys(key[2] for key in groups))
     heading = title or f"Where does the model keep “{variables}”?"
     subtitle = f"Alignment search, task {', '.join(sorted(tasks))}, model {', '.join(sorted(models))}, {len(rows)} rows"
-    from plotly.offline import get_plotlyjs  # 5 MB of JavaScript: read only when a page is made
-
-    return PAGE.format(
-        title=escape(heading),
-        subtitle=escape(subtitle),
-        style=STYLE,
-        body="\n".join(body),
-        figures=json_in_html(figures),
-        plotly=get_plotlyjs(),
-        script=SCRIPT,
-    )
+    return page(heading, subtitle, "\n".join(body), figures, footer=FOOTER)
 
 
 def _variable_section(rows: Sequence[Row], figures: dict[str, Figure], *, named: bool) -> str:

@@ -14,9 +14,9 @@ from alignments.exports import csv_text
 from alignments.failures import Failures, Group, Record, explore
 from alignments.metrics import SeedMean, Verdict, non_overlapping
 from alignments.report_figures import Figure, rank_figure, rank_summary
-from alignments.report_parts import Entry, figure, interval, line, share, table, text, whole
 from alignments.rows import CONTROL_PREFIX, Row
 from alignments.statistics import p_text
+from records.page_parts import Entry, figure, interval, line, share, table, text, whole
 
 SHOWN_GROUPS = 15
 # Control -> what it would mean if it scored high. Those in GOOD are meant to.

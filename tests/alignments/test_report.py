@@ -123,7 +123,7 @@ def test_texts_of_others_cannot_become_markup() -> None:
 
 
 def test_figure_data_cannot_end_its_script_element() -> None:
-    from alignments.report_parts import json_in_html
+    from records.page_parts import json_in_html
 
     value = {"text": "</script><!-- & é"}
     assert "<" not in json_in_html(value)

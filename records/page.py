@@ -1,4 +1,4 @@
-"""The fixed parts of report.html: its style, its script, and the page they stand in. `report` fills it.
+"""The fixed parts of every report.html: its style, its script, and the page they stand in; the reports fill it.
 
 The page may load nothing: a content security policy forbids every network request, so a report opened in ten years, or
 on a machine without a network, shows what it shows today. Colours are CSS variables with a light and a dark value; the
@@ -190,9 +190,7 @@ style-src 'unsafe-inline'; img-src data: blob:">
 <main>
 {body}
 <footer class="soft">
-<p>Intervals are Wilson 95 % intervals of the mean over seeds, at the number of pairs n; seeds share the pairs, so they
-do not add to n, and what they differ by is shown next to it. A score is called above a baseline when the two intervals
-do not overlap; the stars on the heatmaps are the exact tests described there.</p>
+{footer}
 </footer>
 </main>
 <script type="application/json" id="figure-data">{figures}</script>

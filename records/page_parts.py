@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from alignments.report_figures import Figure
+from records.page import PAGE, SCRIPT, STYLE
 
 ABSENT = "-"  # what a table shows where there is no value
 WIDE = 7  # positions of a heatmap from which on half a page is too narrow for its numbers
 
+Figure = dict[str, Any]  # what Plotly draws: data and layout
 Entry = tuple[str, float | None, str]  # text, what to sort by if not the text, class
 
 
@@ -112,3 +113,19 @@ def json_in_html(value: object) -> str:
     """Return JSON that cannot end the script element it stands in, whatever its texts hold."""
     told = json.dumps(value, allow_nan=False)
     return told.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def page(title: str, subtitle: str, body: str, figures: Mapping[str, Figure], *, footer: str = "") -> str:
+    """Return a whole page that loads nothing: `body` and `footer` are HTML, the other texts are plain."""
+    from plotly.offline import get_plotlyjs  # 5 MB of JavaScript: read only when a page is made
+
+    return PAGE.format(
+        title=escape(title),
+        subtitle=escape(subtitle),
+        style=STYLE,
+        body=body,
+        footer=footer,
+        figures=json_in_html(figures),
+        plotly=get_plotlyjs(),
+        script=SCRIPT,
+    )
