@@ -53,6 +53,11 @@ def directions(*layers, seed=0, **fields):
     return Directions({layer: torch.randn(WIDTH, generator=generator) for layer in layers}, **fields)
 
 
+def run(model, batch):
+    """Logits; without a cache, beside which transformers does not keep the samples of a packed row apart."""
+    return model(**{**batch.inputs(), "use_cache": False}).logits
+
+
 def mask_of(columns, shape):
     mask = torch.zeros(shape, dtype=torch.bool)
     for row, line in enumerate(columns.tolist()):
@@ -67,7 +72,7 @@ def by_hand(model, batch, changes):
         for layer, change in changes.items()
     ]
     try:
-        return model(**batch.inputs()).logits
+        return run(model, batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -116,7 +121,7 @@ def test_a_batch_without_response_tokens_gives_empty_plans_and_still_runs():
     plans = [injection(directions(1), 1.0, columns=columns), ablation(directions(1), columns=columns), plan]
     assert plans == [(), (), ()]
     with intervene(model, plan, prompt=batch.prompt(columns)):
-        loss = model(**batch.inputs()).logits.sum()
+        loss = run(model, batch).sum()
         (gradient,) = torch.autograd.grad(loss, [leaf], materialize_grads=True)
     assert gradient.shape == (1, 1, WIDTH)
     assert not gradient.any()
@@ -139,10 +144,10 @@ def test_injection_is_the_hand_written_hook(scope, make):
     mask = mask_of(columns, batch.input_ids.shape)[..., None]
     expected = by_hand(model, batch, {layer: lambda h, v=v: h + 3.0 * v * mask for layer, v in chosen.vectors.items()})
     with intervene(model, injection(chosen, 3.0, columns=columns), prompt=batch.prompt(columns)) as applied:
-        logits = model(**batch.inputs()).logits
+        logits = run(model, batch)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     assert [report.tokens for report in applied.report()] == [int(mask.sum())] * 2
-    assert not torch.allclose(logits, model(**batch.inputs()).logits)
+    assert not torch.allclose(logits, run(model, batch))
 
 
 def test_strengths_per_row():
@@ -153,7 +158,7 @@ def test_strengths_per_row():
     vector = chosen.at(1)
     expected = by_hand(model, batch, {1: lambda h: h + strengths[:, None, None] * vector * mask})
     with intervene(model, injection(chosen, strengths), prompt=batch.prompt(columns)):
-        logits = model(**batch.inputs()).logits
+        logits = run(model, batch)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -165,7 +170,7 @@ def test_relative_strength_is_a_fraction_of_each_tokens_norm():
     unit = chosen.unit().at(1)
     expected = by_hand(model, batch, {1: lambda h: h + 0.5 * h.norm(dim=-1, keepdim=True) * unit * mask})
     with intervene(model, injection(chosen, 0.5, relative=True), prompt=batch.prompt(columns)):
-        logits = model(**batch.inputs()).logits
+        logits = run(model, batch)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -174,7 +179,7 @@ def test_injection_at_other_positions_steers_generation():
     chosen = directions(2)
     expected = by_hand(model, batch, {2: lambda h: h + 4.0 * chosen.at(2)})
     with intervene(model, injection(chosen, 4.0, positions=AllTokens())):
-        logits = model(**batch.inputs()).logits
+        logits = run(model, batch)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -194,7 +199,7 @@ def test_ablation_removes_the_span():
 
     expected = by_hand(model, batch, {0: removed(0), 1: removed(1)})
     with intervene(model, ablation(traits, columns=columns), prompt=batch.prompt(columns)):
-        logits = model(**batch.inputs()).logits
+        logits = run(model, batch)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -204,7 +209,7 @@ def test_no_gradient_flows_along_an_ablated_direction():
     columns = scope_columns(batch, Scope.RESPONSE)
     probe, leaf = gradient_probe(1, columns, WIDTH)  # in plan order: what reaches the stream before the ablation
     with intervene(model, (*probe, *ablation(chosen)), prompt=batch.prompt(columns)):
-        model(**batch.inputs()).logits.square().sum().backward()
+        run(model, batch).square().sum().backward()
     along = leaf.grad @ chosen.unit().at(1)
     assert along.abs().max() < 1e-4 * leaf.grad.norm(dim=-1).max()
     assert leaf.grad.norm(dim=-1)[columns >= 0].min() > 0
@@ -226,7 +231,7 @@ def test_ablation_of_a_basis_and_of_a_mapping_agree():
 
 
 def loss_of(model, batch):
-    logits = model(**batch.inputs()).logits[:, :-1]
+    logits = run(model, batch)[:, :-1]
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten())
 
 
