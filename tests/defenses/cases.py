@@ -24,9 +24,7 @@ def example(index, prompt, response, *, seed=0, poison=None):
 
 def rows(n=4, *, seed=0, poison=(), start=0):
     """A padded batch of `n` samples of different lengths."""
-    made = [
-        example(start + i, 3 + i % 3, 2 + i % 4, seed=seed, poison=poison[i] if poison else None) for i in range(n)
-    ]
+    made = [example(start + i, 3 + i % 3, 2 + i % 4, seed=seed, poison=poison[i] if poison else None) for i in range(n)]
     return collate(made, pad_token_id=0)
 
 
@@ -87,7 +85,7 @@ def each_token_loss(model, batch, changes=None):
         for layer, change in (changes or {}).items()
     ]
     try:
-        logits = model(**batch.inputs()).logits
+        logits = model(**batch.inputs(), use_cache=False).logits  # with a cache packed samples would see each other
     finally:
         for handle in handles:
             handle.remove()

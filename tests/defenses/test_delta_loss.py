@@ -146,19 +146,20 @@ def test_tokens_are_masked_one_by_one():
     one, batch, chosen = backend(), rows(4), directions(1)
     natural, injected = by_hand(one.model, batch, chosen, 2.0)
     valid = batch.labels != -100
-    threshold = between((natural - injected)[valid])
+    fall = natural - injected
+    threshold = between(fall[fall > 1e-3])  # a response's first token comes before anything that is injected: 0
     defense = DeltaLoss(chosen, DeltaLossOptions(2.0, granularity="token", threshold=threshold))
     told, found = learned(defense, one, batch)
-    kept = (natural - injected <= threshold.value) & valid
-    assert int(kept.sum()) == 7
+    kept = (fall <= threshold.value) & valid
+    assert 0 < int((valid & ~kept).sum()) < 14
     (each_token_loss(one.model, batch)[kept].sum() / 14).backward()
     same_gradients(found, gradients(one))
     blocked = (valid & ~kept).sum(1)
-    assert told["blocked_tokens"] == 7
+    assert told["blocked_tokens"] == int(blocked.sum())
     assert told["blocked"] == int((blocked > 0).sum())
     said = defense.told()
     assert [row["blocked_tokens"] for row in said] == blocked.tolist()
-    largest = (natural - injected).masked_fill(~valid, -math.inf).max(1).values
+    largest = fall.masked_fill(~valid, -math.inf).max(1).values
     assert [row["score"] for row in said] == pytest.approx(largest.tolist(), rel=1e-4, abs=1e-5)
 
 

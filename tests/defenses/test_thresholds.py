@@ -40,7 +40,7 @@ def test_too_few_scores_are_refused_with_the_number_needed():
         quantile(torch.arange(18.0), 0.05)
     with pytest.raises(CalibrationError, match="1 of 30 clean scores are NaN"):
         quantile(torch.cat([torch.zeros(29), torch.tensor([math.nan])]), 0.05)
-    with pytest.raises(CalibrationError, match="no clean examples are held out. Hold out at least 99"):
+    with pytest.raises(CalibrationError, match=r"no clean examples are held out\. Hold out at least 99"):
         Threshold(Quantile(0.01))
 
 
