@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from defenses.backend import Optimiser, PlainBackend, clipped, stepped
 from defenses.batch import Example, collate
 from defenses.defense import Defense
-from defenses.loop import Training, Watch, train
+from defenses.loop import StopRequest, Training, Watch, train
 from defenses.plans import Directions
 from defenses.schedules import Rate
 from tests.tiny import TINY
@@ -70,22 +71,22 @@ def trained(defense: Defense, steps: int, *, backend=None, data=None, start: int
     feed = Rotating(data or examples())
     rows: list[dict[str, float]] = []
     plan = Training(total or steps, Rate(lr, "constant", warmup=0))
-    if total is None or steps == total:
-        train(backend, defense, feed, plan, start=start, watch=Watch(row=rows.append))
-    else:
-        train(backend, defense, feed, plan, start=start, watch=Watch(row=rows.append, stop=_Until(steps)))
+    stop = StopRequest()
+
+    def reached(done: int) -> None:
+        stop.reason = "SIGTERM" if done == steps else ""
+
+    train(backend, defense, feed, plan, start=start, watch=Watch(row=rows.append, evaluate=reached, stop=stop))
     return backend, rows
 
 
-class _Until:
-    """A stop request that is set after so many steps: read once after each of them."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    @property
-    def reason(self) -> str:
-        return "SIGTERM" if self.left <= 0 else ""
+def stored(state: dict[str, Any]) -> dict[str, Any]:
+    """What comes back of a state from a file that is read without running anything found in it."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    found: dict[str, Any] = torch.load(file, weights_only=True)
+    return found
 
 
 class Together:

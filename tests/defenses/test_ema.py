@@ -9,7 +9,7 @@ from defenses.defense import Defense, Sft
 from defenses.ema import Ema, EmaOptions
 from defenses.errors import DefenseError
 from records.config_files import ConfigError
-from tests.defenses.small_training import backend_of, trained
+from tests.defenses.small_training import backend_of, stored, trained
 
 NAME = "model.layers.1.mlp.down_proj.weight"
 
@@ -82,7 +82,7 @@ def test_a_resumed_run_ends_in_the_same_average():
     trained(whole, 6)
     first = Ema(EmaOptions(horizon=5))
     backend, _ = trained(first, 3, total=6)
-    state, weights = first.state_dict(), backend.state()
+    state, weights = stored(first.state_dict()), backend.state()
     second, resumed = Ema(EmaOptions(horizon=5)), backend_of()
     second.load_state_dict(state)
     resumed.load_state(weights)

@@ -26,9 +26,7 @@ FAST = [0.9**i for i in range(60)]
 def test_two_power_iterations_capture_the_energy_of_the_exact_svd_to_a_hundredth(values, transposed):
     matrix = spectrum(values).T.contiguous() if transposed else spectrum(values)
     exact = torch.linalg.svdvals(matrix)[:8].square().sum()
-    captured = [
-        float((randomised_svd(matrix, 8, seed=seed)[0].T @ matrix).square().sum() / exact) for seed in range(5)
-    ]
+    captured = [float((randomised_svd(matrix, 8, seed=seed)[0].T @ matrix).square().sum() / exact) for seed in range(5)]
     assert min(captured) > 0.99
     assert max(captured) <= 1 + 1e-5
 
