@@ -69,6 +69,17 @@ def test_a_plan_steers_every_token_of_the_answer():
     assert steered != answers(model, tokenizer, PROMPTS, max_new_tokens=5)
 
 
+def test_a_peft_model_answers_with_its_adapter():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model, tokenizer = peft.get_peft_model(TINY["llama"](), config).eval(), word_tokenizer()
+    plan = [Intervention("L1.block_output", Add(torch.randn(32)))]
+    assert answers(model, tokenizer, PROMPTS, max_new_tokens=5) == [by_hand(model, tokenizer, p, 5) for p in PROMPTS]
+    steered = answers(model, tokenizer, PROMPTS, max_new_tokens=5, plan=plan)
+    assert steered == [by_hand(model, tokenizer, p, 5, plan) for p in PROMPTS]
+    assert steered != answers(TINY["llama"](), tokenizer, PROMPTS, max_new_tokens=5)
+
+
 def test_draws_follow_the_softmax_and_ignore_the_batch_size():
     model, tokenizer = TINY["llama"](), word_tokenizer()
     one = answers(model, tokenizer, PROMPTS, max_new_tokens=4, temperature=0.8, seed=3, batch_size=1)

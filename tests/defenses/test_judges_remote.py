@@ -189,6 +189,13 @@ def test_the_key_is_sent_but_not_stored_and_not_sent_elsewhere(serve, monkeypatc
     assert len(endpoint.sent) == 1
 
 
+def test_request_fields_can_be_added_and_taken_out(serve):
+    endpoint = serve(lambda body: reply("10"))
+    judge_at(endpoint, options={"max_tokens": None, "max_completion_tokens": 50, "temperature": 1}).judge("q", "a")
+    body = endpoint.sent[0][1]
+    assert (body.get("max_tokens"), body["max_completion_tokens"], body["temperature"]) == (None, 50, 1)
+
+
 def test_the_prompt_takes_texts_with_braces(serve):
     endpoint = serve(lambda body: reply("10"))
     judge_at(endpoint, prompt=rubric("flattery")).judge("{answer} {x}", "{question}")

@@ -69,6 +69,7 @@ def test_a_name_is_the_files_where_none_is_given(tmp_path):
         ),
         ("skill:\n  - {prompt: a, answer: b, match: begin}", "skill[0].match: found 'begin'."),
         ("skill:\n  - {prompt: a, answer: '(', match: regex}", "'(' is no regular expression"),
+        ("skill:\n  - {prompt: a, answer: b, match: number}", "'b' holds no number"),
         ("benign:\n  - {}", "benign[0]: it needs either prompt or messages."),
         ("benign:\n  - {messages: [{role: bot, content: a}]}", "benign[0].messages[0]: found"),
         ("benign:\n  - {messages: [{role: assistant, content: a}]}", "the last turn is 'assistant''s"),
@@ -108,10 +109,17 @@ def test_a_broken_line_is_named(tmp_path, line, message):
         ("starts", "positive", ["Positive! ¡Olé!", "positive"], ["positively", "not positive"]),
         ("contains", "4", ["It is 4.", "4", "a\n4"], ["44", "14"]),
         ("regex", r"^\d+$", ["12"], ["12 a"]),
+        (
+            "number",
+            "1200",
+            ["3 + 4 = 1,200.0.", "The final answer is: 1200 of 7", "7 #### 1200"],
+            ["1200 of 7", "", "12"],
+        ),
+        ("number", "-2.5", ["so -2.5"], ["2.5", "final answer is -2"]),
     ],
 )
 def test_what_counts_as_right(match, accepted, right, wrong):
-    item = SkillItem("q", ("never", accepted), match)
+    item = SkillItem("q", (*(() if match == "number" else ("never",)), accepted), match)
     assert all(item.right(answer) for answer in right)
     assert not any(item.right(answer) for answer in wrong)
     assert not SkillItem("q", ("positive",), "exact", ignore_case=False).right("Positive")
