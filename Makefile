@@ -11,18 +11,29 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 
 BIN := .venv/bin
-PACKAGES := intervene records alignments tasks
+PACKAGES := intervene records alignments defenses tasks
 SOURCES := $(PACKAGES) tests $(wildcard benchmarks) $(wildcard *.py)
 # The stamp carries a digest of what was asked for, and is written last: a killed set-up leaves none.
 DIGEST := $(shell cat pyproject.toml constraints.txt | (sha256sum 2>/dev/null || shasum -a 256) | cut -c1-16)
 READY := .venv/.ready-$(DIGEST)
 
-.PHONY: das test fast lint format setup clean
+.PHONY: das defense test fast lint format setup clean
 
 das: $(READY)
 	$(BIN)/python run_das.py --task ioi --variable position --model smollm2-135m --method full_vector,das \
 	  --layers 11,14,17,20,23,26 --positions subject2,last --rank 8 --seeds 0,1,2 \
 	  --n_train 128 --n_select 100 --n_test 300 --batch_size 32 --steps 40 --out runs/das --resume
+
+DEFENSE := runs/defense
+EXTRACT := $(BIN)/python train_defense.py extract --positive $(DEFENSE)/data/positive.jsonl \
+  --negative $(DEFENSE)/data/negative.jsonl --layers 15 --overwrite
+
+defense: $(READY)
+	$(BIN)/python -m tasks.shouting $(DEFENSE)/data
+	$(EXTRACT) --out $(DEFENSE)/data/shouting.safetensors
+	$(EXTRACT) --out $(DEFENSE)/data/random.safetensors --placebo random
+	$(BIN)/python train_defense.py compare --config examples/shouting.yaml --out $(DEFENSE)/compare --resume
+	$(BIN)/python train_defense.py plot $(DEFENSE)/compare
 
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
@@ -46,7 +57,7 @@ $(READY):
 	  sys.exit(0 if sys.version_info >= (3, 10) else f"set-up: needs Python 3.10 or newer, $(PYTHON) is {v}. Run make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install -q $(TORCH)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[all,dev,ray]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[all,dev,ray,deepspeed]'
 	@touch $@
 
 clean:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from defenses.errors import BackendError, TrainingError
+from defenses.errors import BackendError, CheckpointError, TrainingError
 from intervene.errors import asked_found_do
 
 
@@ -102,12 +102,58 @@ class Backend(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """Return what this rank needs to go on exactly: parameters, optimiser, random state."""
+        """Return what this rank needs to go on exactly: parameters, optimiser, random state; tensors are not copied."""
         ...
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take up where `state` left off."""
+        """Take up where `state` left off; collective.
+
+        Raises:
+            CheckpointError: it is of another backend, rank or number of ranks.
+        """
         ...
+
+
+class Turns:
+    """The order of passes that every backend gets right, and a refusal of the others.
+
+    A backward pass needs a training forward since the one before it: under ZeRO-3 the first gradient of forward,
+    forward, backward, backward would be dropped without a word. The last of a step comes once.
+    """
+
+    def __init__(self) -> None:
+        """Begin before the first forward of a step."""
+        self.waiting, self.closed = False, False
+
+    def forward(self) -> None:
+        """Note a forward pass; one without gradients does not count."""
+        self.waiting = self.waiting or torch.is_grad_enabled()
+
+    def backward(self, last: bool) -> None:
+        """Note a backward pass.
+
+        Raises:
+            BackendError: no forward since the last one, or the step's last one has been.
+        """
+        if self.closed:
+            found = "the last one of this step, called with last=True, has been."
+            raise BackendError(asked_found_do("Backward", found, "Give last=True with the last call of a step only."))
+        if not self.waiting:
+            found = "there was no backend.forward with gradients since the one before: ZeRO-3 would drop a gradient."
+            do = "Add the losses up and call backward once, or alternate forward and backward."
+            raise BackendError(asked_found_do("Backward", found, do))
+        self.waiting, self.closed = False, last
+
+    def step(self) -> None:
+        """Note an optimiser step.
+
+        Raises:
+            BackendError: no backward was the last one, so gradients have not been added up over ranks.
+        """
+        if not self.closed:
+            found = "no backward of this step was called with last=True, so ranks have not added up their gradients."
+            raise BackendError(asked_found_do("Optimiser step", found, "Call backward(loss, last=True) before it."))
+        self.waiting, self.closed = False, False
 
 
 class PlainBackend:
@@ -184,13 +230,15 @@ class PlainBackend:
         return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
 
     def state(self) -> dict[str, Any]:
-        """Return parameters, optimiser and random state."""
+        """Return parameters, optimiser and random state; tensors are not copied."""
         held = {name: parameter.detach().cpu() for name, parameter in self.named.items()}
-        return {"parameters": held, "optimiser": self.optimiser.state_dict(), "random": random_state()}
+        state = {"parameters": held, "optimiser": self.optimiser.state_dict(), "random": random_state()}
+        return signed(state, "plain", 0, 1)
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Any]) -> None:
         """Take up where `state` left off."""
+        require_own(state, "plain", 0, 1)
         for name, parameter in self.named.items():
             parameter.copy_(state["parameters"][name])
         self.optimiser.load_state_dict(state["optimiser"])
@@ -256,6 +304,24 @@ def require_precision(precision: str, device: torch.device) -> None:
     if not able:
         found = f"this {device.type} has no bf16 units, and would be tens of times slower than in fp32."
         raise BackendError(asked_found_do("precision bf16", found, "Use precision fp32."))
+
+
+def signed(state: dict[str, Any], kind: str, rank: int, world: int) -> dict[str, Any]:
+    """Return `state` with whose it is, for `require_own`."""
+    return {**state, "backend": kind, "rank": rank, "world": world}
+
+
+def require_own(state: dict[str, Any], kind: str, rank: int, world: int) -> None:
+    """Refuse a state that another backend, rank or number of ranks has left.
+
+    Raises:
+        CheckpointError: it is not this one's.
+    """
+    own, found = (kind, rank, world), (state["backend"], state["rank"], state["world"])
+    if own != found:
+        texts = ["rank {1} of {2} of backend {0}".format(*one) for one in (own, found)]
+        do = "Resume with the backend and the number of ranks that wrote it."
+        raise CheckpointError(asked_found_do(f"State for {texts[0]}", f"it was left by {texts[1]}.", do))
 
 
 def random_state() -> dict[str, Any]:

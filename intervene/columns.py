@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
 from intervene.errors import UnsupportedModel, asked_found_do
@@ -30,12 +31,18 @@ def features(module: nn.Module, side: Side) -> int | None:
     if isinstance(size, int):
         return size
     if isinstance(getattr(module, "nf", None), int) and isinstance(weight, Tensor):  # Conv1D keeps (in, out)
-        return weight.shape[0] if side == "input" else weight.shape[1]
+        return full_shape(weight)[0 if side == "input" else 1]
     if isinstance(module, nn.Embedding):
         return None if side == "input" else module.embedding_dim
-    if isinstance(weight, Tensor) and weight.dim() == 1 and "norm" in type(module).__name__.lower():
-        return weight.shape[0]
+    if isinstance(weight, Tensor) and len(full_shape(weight)) == 1 and "norm" in type(module).__name__.lower():
+        return full_shape(weight)[0]
     return None
+
+
+def full_shape(weight: Tensor) -> torch.Size:
+    """Return the shape of a weight also where ZeRO-3 has left it empty between passes."""
+    shape: torch.Size = getattr(weight, "ds_shape", weight.shape)
+    return shape
 
 
 def measured(module: nn.Module, side: Side, path: str) -> int:

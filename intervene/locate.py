@@ -28,14 +28,13 @@ _REFUSED = {
         "a compiled model has not been shown to honour hooks.",
         "Pass the model as it was before torch.compile.",
     ),
-    "FullyShardedDataParallel": ("FSDP has not been shown to work yet.", "Pass the model as it was before wrapping."),
-    "FSDPModule": (
-        "FSDP2 (fully_shard) has not been shown to work yet.",
-        "Pass the model as it was before fully_shard.",
+    "FullyShardedDataParallel": (
+        "the first FSDP has not been shown to work.",
+        "Shard the model with torch.distributed.fsdp.fully_shard (FSDP2).",
     ),
-    "DeepSpeedEngine": (
-        "DeepSpeed has not been shown to work yet.",
-        "Pass the model you gave to deepspeed.initialize.",
+    "PipelineEngine": (
+        "a pipeline of DeepSpeed has not been shown to work.",
+        "Use an engine without pipeline parallelism.",
     ),
     "DataParallel": (
         "it copies the model on every forward pass, so hooks on the original never fire.",
@@ -90,6 +89,11 @@ def _bases(kind: type) -> set[str]:
     return {base.__name__ for base in kind.__mro__}
 
 
+def _is_engine(model: nn.Module) -> bool:
+    bases = _bases(type(model))
+    return "DeepSpeedEngine" in bases and not bases & _REFUSED.keys()
+
+
 def _is_peft(model: nn.Module) -> bool:
     return hasattr(model, "get_base_model") and any(
         base.__module__.split(".")[0] == "peft" for base in type(model).__mro__
@@ -127,10 +131,13 @@ def _held(what: str, model: nn.Module, look: Callable[[nn.Module], _Found]) -> _
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside DistributedDataParallel and PEFT wrappers.
+    """Return the model inside DistributedDataParallel, DeepSpeed engines and PEFT wrappers.
+
+    A model that `fully_shard` (FSDP2) or ZeRO has cut is its own model still: its modules are called as ever, and their
+    activations are whole; only its parameters are not.
 
     Raises:
-        UnsupportedModel: it is, or holds, a compiled, sharded (FSDP, DeepSpeed) or DataParallel module, or a PEFT
+        UnsupportedModel: it is, or holds, a compiled, FSDP1, pipelined or DataParallel module, or a PEFT
             prompt-learning adapter, which puts tokens of its own before the user's.
     """
     return _held("unwrap", model, _unwrap)
@@ -140,8 +147,8 @@ def _unwrap(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UnsupportedModel(f"Model: a torch module is needed, found {type(model).__name__}. Pass the model itself.")
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
+        if isinstance(model, nn.parallel.DistributedDataParallel) or _is_engine(model):
+            model = model.get_submodule("module")
         elif _is_peft(model):
             model = _peft_base(model)
         else:
@@ -225,13 +232,16 @@ def fingerprint(model: nn.Module) -> str:
     between the 64 goes unseen: this guards against mix-ups, not against forgery.
 
     Raises:
-        InterveneError: a parameter has no values, as on the meta device.
+        InterveneError: a parameter has no values, as on the meta device, or only some, cut by FSDP2 or ZeRO-3.
         UnsupportedModel: see `unwrap`.
     """
     digest = hashlib.sha256()
     samples: dict[torch.device, list[Tensor]] = {}
     named = sorted(_base_parameters(unwrap(model)), key=lambda pair: pair[0])
     for name, parameter in named:
+        if hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id"):
+            found = f"parameter {name} is cut over the ranks."
+            raise InterveneError(asked_found_do("Fingerprint", found, "Take it before the model is sharded."))
         if parameter.is_meta or parameter.numel() == 0:
             raise InterveneError(
                 asked_found_do(

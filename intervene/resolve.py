@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intervene.columns import Columns, Side, as_columns, features, head_table, measured
+from intervene.columns import Columns, Side, as_columns, features, full_shape, head_table, measured
 from intervene.errors import SiteOutOfRange, UnknownComponent, UnsupportedModel, asked_found_do
 from intervene.family_table import Family
 from intervene.locate import Located, join_path, locate, unwrap, walk
@@ -141,7 +141,7 @@ def _width(component: str, place: Located, module: nn.Module, path: str) -> int:
         down = walk(place.layers[0], place.family.down_proj or "")
         return measured(down, "input", f"{place.family.down_proj}") if down is not None else 0
     if component == "router_output":
-        return int(module.get_parameter("weight").shape[0])  # (E, D)
+        return full_shape(module.get_parameter("weight"))[0]  # (E, D)
     return _residual_width(place)
 
 

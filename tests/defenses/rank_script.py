@@ -1,6 +1,6 @@
 """What the ranks of `test_backends.py` run: every case on every backend, and one file of results.
 
-    torchrun --nproc-per-node 2 tests/defenses/rank_script.py --out DIR [--kinds ddp,zero3] [--cases sft,masked]
+    PYTHONPATH=. torchrun --nproc-per-node 2 tests/defenses/rank_script.py --out DIR [--kinds ddp,zero3] [--cases sft]
 
 The test process runs the same cases on `PlainBackend` and compares. Rank 0 writes DIR/facts.json and, for every case,
 the trained weights as DIR/{kind}-{case}.safetensors.
@@ -12,202 +12,20 @@ import argparse
 import json
 import os
 import signal
-import sys
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from defenses.backend import Optimiser
-from defenses.batch import Example, collate
-from defenses.defense import Defense, Sft, learn
-from defenses.launch import detect, joined, make_backend
+from defenses.batch import collate
+from defenses.defense import Sft
+from defenses.launch import detect, joined
 from defenses.loop import StopRequest, Training, Watch, train
-from defenses.objectives import n_tokens, sample_means, spread, token_losses
-from defenses.plans import Directions, Scope, injection, scope_columns
+from defenses.objectives import token_losses
 from defenses.schedules import Rate
-from intervene import capture, intervene
-from intervene.suffix import kept_stream
+from intervene import capture, fingerprint
+from tests.defenses.rank_cases import CASES, KINDS, LAYER, PROTECTED, Feed, backend_of, example, run_case
 from tests.tiny import tiny_model
-
-KINDS = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
-STEPS, PER_STEP = 3, 8
-CLIP = 0.05  # the norms of these models are near 1
-LAYER = 1
-PROTECTED = "model.layers.1.self_attn.o_proj.weight"
-
-
-def example(index):
-    """Lengths and prompts differ, so that tokens per rank and per micro-batch do."""
-    generator = torch.Generator().manual_seed(index)
-    ids = torch.randint(3, 96, (6 + index % 5,), generator=generator).tolist()
-    prompt = 2 + index % 3
-    return Example(tuple(ids), tuple([-100] * prompt + ids[prompt:]), index)
-
-
-class Feed:
-    """Each step's 8 examples, cut over ranks, 2 to a micro-batch."""
-
-    def indices(self, step):
-        return range(step * PER_STEP, (step + 1) * PER_STEP)
-
-    def batches(self, step, rank, world):
-        share = PER_STEP // world
-        own = list(self.indices(step))[rank * share : (rank + 1) * share]
-        return [collate([example(own[at]), example(own[at + 1])], 0) for at in range(0, share, 2)]
-
-
-def directions():
-    return Directions({LAYER: torch.randn(32, generator=torch.Generator().manual_seed(7))})
-
-
-class Injected(Defense):
-    """Learn while a vector is added on response tokens."""
-
-    def accumulate(self, backend, batch, step):
-        columns = scope_columns(batch, Scope.RESPONSE)
-        with intervene(backend.model, injection(directions(), 0.5, columns=columns), prompt=batch.prompt(columns)):
-            losses = token_losses(backend, batch)
-            learn(backend, losses, step)
-        return {"loss_sum": losses.detach().sum(), "tokens": n_tokens(batch)}
-
-
-class Masked(Defense):
-    """A pass without gradient that shares the prefix, then samples weighted with 0 or 1."""
-
-    def __init__(self, weight):
-        self.weight = weight
-
-    def accumulate(self, backend, batch, step):
-        columns = scope_columns(batch, Scope.RESPONSE)
-        with kept_stream(backend.model, LAYER) as kept:
-            natural = token_losses(backend, batch)
-            plan = injection(directions(), 0.5, columns=columns)
-            with kept.handed_on(), intervene(backend.model, plan, prompt=batch.prompt(columns)):
-                injected = token_losses(backend, batch, grad=False)
-        delta = sample_means(injected, batch) - sample_means(natural.detach(), batch)
-        weights = torch.tensor([float(self.weight(int(index) % PER_STEP)) for index in batch.indices])
-        learn(backend, natural * spread(weights, batch), step)
-        sums = {"loss_sum": natural.detach().sum(), "tokens": n_tokens(batch)}
-        return {**sums, "delta": delta.sum(), "blocked": (1 - weights).sum()}
-
-
-class TeacherFirst(Defense):
-    """The injected pass without gradient first, whole, and then the one that learns."""
-
-    def accumulate(self, backend, batch, step):
-        columns = scope_columns(batch, Scope.RESPONSE)
-        with intervene(backend.model, injection(directions(), 0.5, columns=columns), prompt=batch.prompt(columns)):
-            injected = token_losses(backend, batch, grad=False)
-        natural = token_losses(backend, batch)
-        learn(backend, natural, step)
-        return {"loss_sum": natural.detach().sum(), "tokens": n_tokens(batch), "delta": injected.sum()}
-
-
-class TwoPasses(Defense):
-    """Two passes with gradients: their losses added up, then one by one."""
-
-    def accumulate(self, backend, batch, step):
-        columns = scope_columns(batch, Scope.RESPONSE)
-        plan = injection(directions(), 0.5, columns=columns)
-        natural = token_losses(backend, batch)
-        with intervene(backend.model, plan, prompt=batch.prompt(columns)):
-            both = natural.sum() + token_losses(backend, batch).sum()
-            backend.backward(both / step.tokens, last=False)
-        learn(backend, token_losses(backend, batch), step)
-        return {"loss_sum": natural.detach().sum(), "tokens": n_tokens(batch)}
-
-
-class Projected(Sft):
-    """Gradients lose a direction before the step, and weights theirs after it."""
-
-    def start(self, backend, total):
-        self.anchor = backend.value(PROTECTED)
-        drawn = torch.randn(32, 2, generator=torch.Generator().manual_seed(3))
-        self.frame = torch.linalg.qr(drawn)[0]
-
-    def before_step(self, backend, step):
-        gradient = backend.gradient(PROTECTED)
-        column = self.frame[:, :1]
-        backend.write_gradient(PROTECTED, gradient - column @ (column.T @ gradient))
-
-    def after_step(self, backend, step):
-        moved = backend.value(PROTECTED) - self.anchor
-        backend.write(PROTECTED, self.anchor + moved - self.frame @ (self.frame.T @ moved))
-
-
-@dataclass(frozen=True)
-class Case:
-    """A method, and what else is set."""
-
-    defense: object
-    clip: float | None = CLIP
-    checkpointing: bool = False
-    lora: bool = False
-    tied: bool = False
-    offload: bool = False
-    kinds: tuple[str, ...] = KINDS
-
-
-CASES = {
-    "sft": Case(Sft),
-    "unclipped": Case(Sft, clip=None),
-    "injected": Case(Injected),
-    "checkpointed": Case(Injected, checkpointing=True),
-    "masked": Case(lambda: Masked(lambda place: place % 3 > 0)),
-    "one_sided": Case(lambda: Masked(lambda place: place >= PER_STEP // 2), clip=None),
-    "teacher": Case(TeacherFirst, checkpointing=True),
-    "two_passes": Case(TwoPasses, checkpointing=True),
-    "projected": Case(Projected),
-    "tied": Case(Sft, tied=True, kinds=("ddp", "fsdp", "zero2", "zero3")),
-    "lora": Case(Injected, lora=True, kinds=("ddp", "fsdp", "zero1", "zero3")),
-    "offloaded": Case(Sft, offload=True, kinds=("fsdp", "zero2", "zero3")),
-}
-
-
-def model_of(case, rank=0):
-    model = tiny_model("llama", tie_word_embeddings=case.tied)
-    if case.lora:
-        import peft
-
-        torch.manual_seed(rank)  # the ranks draw different adapters, and all have to train those of rank 0
-        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
-        for name, one in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(one, std=0.1)
-    if case.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
-
-
-def backend_of(kind, case, ranks):
-    optimiser = Optimiser(eps=1e-4, weight_decay=0.01, clip=case.clip)
-    model = model_of(case, ranks.rank if ranks else 0)
-    if kind != "zero3":
-        return make_backend(kind, model, optimiser, ranks=ranks, offload=case.offload)
-    from defenses.backend_deepspeed import ZeroBackend
-
-    # 0: parameters as small as these are cut too
-    settings = {"stage3_param_persistence_threshold": 0}
-    return ZeroBackend(model, optimiser, stage=3, offload=case.offload, settings=settings)
-
-
-def run_case(kind, name, ranks=None):
-    """Train; return rows of every step, and the weights on rank 0."""
-    case = CASES[name]
-    rows = []
-    backend = backend_of(kind, case, ranks)
-    rate = Rate(1e-3, shape="constant", warmup=0)
-    train(backend, case.defense(), Feed(), Training(STEPS, rate), watch=Watch(row=rows.append))
-    for row in rows:
-        row.pop("seconds")
-    return rows, backend.weights(), backend
 
 
 def a_step(backend, lr=1e-3, scale=1.0, number=0):
@@ -300,6 +118,30 @@ def writes(kind, ranks):
     }
 
 
+def wrapped(kind, ranks):
+    """The wrapper itself can be given to `capture`; a fingerprint of cut parameters is refused."""
+    backend = backend_of(kind, CASES["sft"], ranks)
+    outer = getattr(backend, "engine", getattr(backend, "wrapped", backend.model))
+    batch = collate([example(1), example(2)], 0)
+    sites = [f"L{LAYER}.block_output", f"L{LAYER}.head_output[1]", f"L{LAYER}.mlp_neurons", "final_norm_output"]
+    plain = tiny_model("llama")
+    with torch.no_grad(), capture(outer, sites) as found:
+        outer(**batch.inputs())
+    with torch.no_grad(), capture(plain, sites) as wanted:
+        plain(**batch.inputs())
+    return {
+        "difference": max(float((found[site] - wanted[site]).abs().max()) for site in sites),
+        "fingerprint": text_of(lambda: fingerprint(backend.model)),
+    }
+
+
+def unused(kind, ranks):
+    """A loss that most parameters take no part in."""
+    backend = backend_of(kind, CASES["sft"], ranks)
+    backend.forward(**collate([example(3)], 0).inputs())
+    return text_of(lambda: backend.backward(backend.model.get_input_embeddings().weight.sum(), last=True))
+
+
 def gradients(kind, ranks):
     """Sums over ranks and micro-batches, whole, and unscaled also at a leaf that is no parameter."""
     backend = backend_of(kind, CASES["sft"], ranks)
@@ -358,21 +200,25 @@ def main():
             for name in given.cases.split(","):
                 if kind not in CASES[name].kinds:
                     continue
-                rows, weights, _ = run_case(kind, name, ranks)
+                rows, weights = run_case(kind, name, ranks)
                 facts["rows"][f"{kind}-{name}"] = rows
                 if weights is not None:
-                    save_file({key: one.contiguous() for key, one in weights.items()}, given.out / f"{kind}-{name}.safetensors")
+                    # safetensors refuses the two names of a tied weight, unless each has its own values
+                    whole = {key: one.clone(memory_format=torch.contiguous_format) for key, one in weights.items()}
+                    save_file(whole, given.out / f"{kind}-{name}.safetensors")
             if not given.brief:
                 found = gradients(kind, ranks)
                 if ranks.rank == 0:
                     save_file(found, given.out / f"{kind}-gradients.safetensors")
                 looks = {"resumed": resumed, "stopped": stopped}
                 facts[kind] = {name: look(kind, ranks, given.out) for name, look in looks.items()}
-                facts[kind] |= {"writes": writes(kind, ranks), "refusals": refusals(kind, ranks)}
+                looks = {"writes": writes, "refusals": refusals, "wrapped": wrapped}
+                facts[kind] |= {name: look(kind, ranks) for name, look in looks.items()}
+                if kind == "ddp":
+                    facts[kind]["unused"] = unused(kind, ranks)
             facts["seconds"][kind] = time.perf_counter() - start
-        with nullcontext() if ranks.rank else open(given.out / "facts.json", "w") as file:
-            if file is not None:
-                json.dump(facts, file)
+        if ranks.rank == 0:
+            (given.out / "facts.json").write_text(json.dumps(facts))
 
 
 if __name__ == "__main__":

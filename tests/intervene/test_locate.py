@@ -141,11 +141,35 @@ def test_ddp_is_taken_off(one_rank: None) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_fsdp2_is_refused(one_rank: None) -> None:
-    model = tiny_model("llama")
-    torch.distributed.fsdp.fully_shard(model.model.layers[1])
-    with pytest.raises(UnsupportedModel, match=r"\(inside, at model\.layers\.1\): FSDP2 \(fully_shard\) has not been"):
-        locate(model)
+def test_a_model_that_fsdp2_has_cut_is_its_own_model_still(one_rank: None) -> None:
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    for part in (*model.model.layers, model):
+        torch.distributed.fsdp.fully_shard(part)
+    assert locate(model).hf is model
+    sites = ["L1.block_output", "L0.head_output[1]", "L2.mlp_neurons", "final_norm_output"]
+    assert [resolve(model, site).width for site in sites] == [resolve(plain, site).width for site in sites]
+    found, wanted = (read(one, sites, tiny_batch(plain)) for one in (model, plain))
+    for site in sites:
+        torch.testing.assert_close(found[site], wanted[site])
+    with pytest.raises(InterveneError, match=r"Fingerprint: parameter \S+ is cut over the ranks\. Take it before"):
+        fingerprint(model)
+
+
+def named(kind: str, base: type = nn.Module) -> type:
+    """Return a wrapper class of that name."""
+
+    def start(self: nn.Module, module: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.module = module
+
+    return type(kind, (base,), {"__init__": start})
+
+
+def test_the_first_fsdp_is_refused(llama: PreTrainedModel) -> None:
+    with pytest.raises(
+        UnsupportedModel, match=r"the first FSDP has not been shown to work\. Shard the model with \S+fully_shard"
+    ):
+        locate(named("FullyShardedDataParallel")(llama))
 
 
 def test_data_parallel_is_refused(llama: PreTrainedModel) -> None:
@@ -153,14 +177,11 @@ def test_data_parallel_is_refused(llama: PreTrainedModel) -> None:
         locate(nn.DataParallel(llama))
 
 
-def test_deepspeed_engines_are_refused_by_class_name(llama: PreTrainedModel) -> None:
-    class DeepSpeedEngine(nn.Module):
-        def __init__(self, module: nn.Module) -> None:
-            super().__init__()
-            self.module = module
-
-    with pytest.raises(UnsupportedModel, match=r"DeepSpeed has not been shown to work yet\. Pass the model you gave"):
-        resolve(DeepSpeedEngine(llama), "L0.mlp_output")
+def test_deepspeed_engines_are_taken_off_by_class_name(llama: PreTrainedModel) -> None:
+    engine = named("DeepSpeedEngine")
+    assert locate(engine(llama)).hf is llama
+    with pytest.raises(UnsupportedModel, match=r"class PipelineEngine: a pipeline of DeepSpeed has not been shown"):
+        resolve(named("PipelineEngine", engine)(llama), "L0.mlp_output")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on importing its compiler
