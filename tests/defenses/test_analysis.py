@@ -43,7 +43,7 @@ def test_gradient_and_activations_equal_those_of_a_hand_made_hook(backend, direc
     loss.backward()
     handle.remove()
     mask, unit = batch.response, direction / direction.norm()
-    gradient = seen["h"].grad[mask]
+    gradient, stream = seen["h"].grad[mask], seen["h"].detach()[mask].mean(0)
     [row] = [
         one
         for one in Analyser(Directions({LAYER: direction}), [LAYER]).rows(backend, batch, strength=2.0)
@@ -51,7 +51,7 @@ def test_gradient_and_activations_equal_those_of_a_hand_made_hook(backend, direc
     ]
     assert row["gradient_projection"] == pytest.approx(float(gradient.sum(0) @ unit), rel=1e-4, abs=1e-7)
     assert row["gradient_norm"] == pytest.approx(float(gradient.norm()), rel=1e-4)
-    assert row["projection"] == pytest.approx(float(seen["h"][mask].mean(0) @ unit), rel=1e-4, abs=1e-6)
+    assert row["projection"] == pytest.approx(float(stream @ unit), rel=1e-4, abs=1e-6)
     assert row["projection_injected"] - row["projection"] == pytest.approx(2.0 * float(direction.norm()), rel=1e-4)
 
 
@@ -79,7 +79,7 @@ def test_of_a_lora_the_displacement_is_its_product(direction):
     backend = PlainBackend(model)
     rows = Analyser(Directions({LAYER: direction}), [LAYER]).rows(backend, some_batch(), strength=1.0)
     module = model.base_model.model.model.layers[LAYER].mlp.down_proj
-    product = 2.0 * module.lora_B["default"].weight @ module.lora_A["default"].weight.detach()
+    product = (2.0 * module.lora_B["default"].weight @ module.lora_A["default"].weight).detach()
     unit = direction / direction.norm()
     share = float((unit @ product).square().sum() / product.square().sum())
     [row] = [one for one in rows if one["kind"] == "mlp"]

@@ -1,0 +1,246 @@
+"""`compare`: several methods on the same data, in the same order per seed, and what differs, with intervals.
+
+    out/sft/seed0/ ...           one run each, as `run` leaves it
+    out/rows.jsonl               one row per run: its metrics
+    out/comparison.json          per method mean over seeds, paired differences to the reference, Pareto points
+
+Finished runs are not made again, and one that was stopped goes on from its checkpoint: start the same command again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from defenses.checkpoints import Checkpoints
+from defenses.config import FREE_KEYS, CompareDefenses, TrainDefense, variant
+from defenses.errors import DefenseError, TrainingError
+from defenses.launch import detect
+from defenses.methods import entry_of
+from defenses.progress import say
+from defenses.running import finite, reported, run, write_lines
+from defenses.statistics import paired_bootstrap, paired_differences, pareto_front, t_interval
+from intervene.errors import asked_found_do
+from records.config_files import ConfigError
+from records.files import RecordError, read_json, replace_json
+
+# Which end of a metric is good; of others nothing is said.
+GOOD = {"trait_rate": "low", "trait_score": "low", "skill_accuracy": "high", "perplexity": "low", "kl": "low"} | {
+    "over_refusal": "low", "coherence": "high", "loss": "low",
+}  # fmt: skip
+TRAIT, SKILL = ("trait_rate", "trait_score"), ("skill_accuracy", "loss")
+Say = Callable[[str], None]
+Table = Mapping[str, Mapping[int, Mapping[str, float]]]  # variant -> seed -> metric -> value
+
+
+def compare(config: CompareDefenses, *, told: Say = say) -> int:
+    """Make what is missing of the grid, then print and write the comparison; return the exit status.
+
+    Raises:
+        DefenseError, ConfigError, InterveneError, RecordError: a cell that cannot be run, named; or another
+            comparison in the folder.
+    """
+    cells = cells_of(config)
+    assert config.out is not None
+    require_same(config)
+    if config.dry_run:
+        for name, cell in cells:
+            told(f"--- {name}, seed {cell.seed}")
+            run(replace(cell, dry_run=True, resume=False), told=told)
+        return 0
+    table: dict[str, dict[int, dict[str, float]]] = {}
+    before: dict[str, float] = {}
+    failed: list[dict[str, Any]] = []
+    for number, (name, cell) in enumerate(cells, start=1):
+        told(f"--- {number}/{len(cells)}: {name}, seed {cell.seed}")
+        try:
+            outcome = run(cell, told=told)
+        except TrainingError as error:  # of this method and rate; the others may be sound
+            told(f"FAILED: {error}")
+            failed.append({"variant": name, "seed": cell.seed, "reason": str(error)})
+            continue
+        if outcome.stopped:
+            told(f"{outcome.stopped}: stopped. The same command goes on with {name}, seed {cell.seed}.")
+            return outcome.exit_code
+        assert cell.out is not None
+        Checkpoints(cell.out / "checkpoints", {}).clear()
+        table.setdefault(name, {})[cell.seed] = metrics_of(outcome.result or {})
+        before = before or (outcome.result or {}).get("before", {})
+    return conclude(config, table, failed, before, told) if detect().rank == 0 else 0
+
+
+def conclude(
+    config: CompareDefenses,
+    table: Table,
+    failed: Sequence[Mapping[str, Any]],
+    before: Mapping[str, float],
+    told: Say,
+) -> int:
+    """Write and print the comparison; return 1 if a run failed, else 0."""
+    assert config.out is not None
+    write_lines(
+        config.out / "rows.jsonl",
+        [{"variant": name, "seed": seed, **found} for name, seeds in table.items() for seed, found in seeds.items()],
+    )
+    made = compared(table, reference=config.reference, trait=config.trait, skill=config.skill)
+    made["before"] = dict(before)
+    replace_json(config.out / "comparison.json", finite({**made, "failed": list(failed)}))
+    told(text_of(made))
+    for one in failed:
+        told(f"left out: {one['variant']}, seed {one['seed']}: {one['reason']}")
+    if config.report:
+        reported(config.out, told)
+    told(f"{config.out}: comparison.json, rows.jsonl, and a folder per run")
+    return 1 if failed else 0
+
+
+def cells_of(config: CompareDefenses) -> list[tuple[str, TrainDefense]]:
+    """Return name and configuration of every run, the reference first; all of them checked.
+
+    Raises:
+        ConfigError: an unknown method, option or key; a reference that is none of the variants.
+    """
+    assert config.out is not None
+    methods = tuple(config.methods)
+    if config.reference not in (*methods, *config.variants):
+        entry_of(config.reference)
+        methods = (config.reference, *methods)
+    names = [config.reference, *(one for one in (*methods, *config.variants) if one != config.reference)]
+    names = list(dict.fromkeys(names))
+    if odd := [name for name in names if not name.replace("_", "").replace("-", "").isalnum()]:
+        raise ConfigError(asked_found_do(f"Variant {odd[0]!r}", "it names a folder.", "Use letters, digits, _ and -."))
+    cells = [
+        (name, variant(config, name, seed, config.out / name / f"seed{seed}"))
+        for seed in config.seeds
+        for name in names
+    ]
+    # The model before training is the same in all of them: it is evaluated once.
+    return [cells[0], *((name, replace(cell, evaluate_before=False)) for name, cell in cells[1:])]
+
+
+def require_same(config: CompareDefenses) -> None:
+    """Keep what was compared in the folder, and refuse another comparison there.
+
+    Raises:
+        RecordError: the folder holds a comparison of something else; methods and seeds may be added.
+    """
+    assert config.out is not None
+    grows = {"methods", "seeds", "variants", "trait", "skill", "reference", "seed", "method", *FREE_KEYS}
+    path, now = config.out / "compare.json", config.to_json()
+    if path.exists():
+        before = read_json(path)
+        changed = [key for key in now if key not in grows and before.get(key) != now[key]]
+        if changed:
+            named = "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in changed)
+            do = "Choose another --out."
+            raise RecordError(
+                asked_found_do(f"Comparison in {config.out}", f"it was made with other values: {named}.", do)
+            )
+    if not config.dry_run and detect().rank == 0:
+        config.out.mkdir(parents=True, exist_ok=True)
+        replace_json(path, now)
+
+
+def metrics_of(result: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a run that can be compared: its evaluation, its loss, its detector."""
+    found = {name: one["value"] for name, one in result.get("evaluation", {}).items() if one["value"] is not None}
+    if (loss := result.get("loss", {}).get("last")) is not None:
+        found["loss"] = loss
+    for name in ("auroc", "recall", "false_positive_rate"):
+        one = result.get("detection", {}).get(name)
+        if one is not None and one["value"] is not None:
+            found[f"detector_{name}"] = one["value"]
+    return {name: float(value) for name, value in found.items()}
+
+
+def compared(
+    table: Table, *, reference: str = "sft", trait: str | None = None, skill: str | None = None
+) -> dict[str, Any]:
+    """Return means over seeds, paired differences to the `reference`, and the Pareto points of trait against skill.
+
+    An interval of a mean is Student's over seeds; of a difference both the percentile bootstrap and Student's.
+
+    Raises:
+        DefenseError: no such variant, or no such metric.
+    """
+    if reference not in table:
+        found = f"there are {', '.join(table)}."
+        raise DefenseError(asked_found_do(f"Reference {reference}", found, "Name one of them."))
+    metrics = sorted({name for seeds in table.values() for found in seeds.values() for name in found})
+    for asked in (trait, skill):
+        if asked is not None and asked not in metrics:
+            raise DefenseError(asked_found_do(f"Metric {asked}", f"the runs have {', '.join(metrics)}.", "Use one."))
+    trait = trait or next((name for name in TRAIT if name in metrics), None)
+    skill = skill or next((name for name in SKILL if name in metrics), None)
+    rows = [_row(table, name, metric, reference) for metric in metrics for name in table]
+    means = {(row["variant"], row["metric"]): row["mean"] for row in rows if row is not None}
+    return {
+        "reference": reference,
+        "rows": [row for row in rows if row is not None],
+        "pareto": _pareto(means, list(table), trait, skill),
+        "note": "Bootstrap intervals of few seeds are too narrow; below 10 seeds read Student's beside them.",
+    }
+
+
+def _row(table: Table, name: str, metric: str, reference: str) -> dict[str, Any] | None:
+    """Return one variant's mean of one metric and its difference to the reference's, over the seeds that both have."""
+    own = {seed: found[metric] for seed, found in table[name].items() if metric in found}
+    if not own:
+        return None
+    over = t_interval(list(own.values()))
+    row: dict[str, Any] = {
+        "metric": metric, "variant": name, "good": GOOD.get(metric), "mean": over.value, "low": over.low,
+        "high": over.high, "n": over.n, "seeds": {str(seed): value for seed, value in own.items()},
+    }  # fmt: skip
+    other = {seed: found[metric] for seed, found in table[reference].items() if metric in found}
+    shared = [seed for seed in own if seed in other]
+    if name == reference or not shared:
+        return row
+    pair: list[dict[Hashable, float]] = [{seed: held[seed] for seed in shared} for held in (own, other)]
+    first, second = pair
+    gap, student = paired_bootstrap(first, second), t_interval(paired_differences(first, second))
+    row["difference"] = {
+        "to": reference, "value": gap.value, "low": gap.low, "high": gap.high, "n": gap.n, "sign_test_p": gap.p,
+        "t_low": student.low, "t_high": student.high,
+    }  # fmt: skip
+    return row
+
+
+def _pareto(
+    means: Mapping[tuple[str, str], float], names: Sequence[str], trait: str | None, skill: str | None
+) -> dict[str, Any] | None:
+    if trait is None or skill is None:
+        return None
+    points = [(name, means[name, trait], means[name, skill]) for name in names
+              if (name, trait) in means and (name, skill) in means]  # fmt: skip
+    ends = (GOOD.get(trait, "low"), GOOD.get(skill, "high"))
+    front = pareto_front([point[1:] for point in points], ends)  # type: ignore[arg-type]
+    return {
+        "trait": trait, "skill": skill, "good": list(ends),
+        "points": [{"variant": name, "trait": x, "skill": y, "front": place in front}
+                   for place, (name, x, y) in enumerate(points)],
+    }  # fmt: skip
+
+
+def text_of(made: Mapping[str, Any]) -> str:
+    """Return the comparison as lines: each metric, each variant, mean and difference."""
+    lines: list[str] = []
+    metric = ""
+    wide = max((len(row["variant"]) for row in made["rows"]), default=0)
+    for row in made["rows"]:
+        if row["metric"] != metric:
+            metric = row["metric"]
+            start = made.get("before", {}).get(metric)
+            good = f" ({row['good']} is good)" if row["good"] else ""
+            lines.append(metric + good + ("" if start is None else f", before training {start:.4f}"))
+        text = f"  {row['variant']:<{wide}}  {row['mean']:.4f} (n {row['n']})"
+        if "difference" in row:
+            gap = row["difference"]
+            spread = f" [{gap['t_low']:+.4f}, {gap['t_high']:+.4f}]" if gap["n"] > 1 else ", one seed: no interval"
+            text += f"  {gap['value']:+.4f}{spread} against {gap['to']}"
+        lines.append(text)
+    if made["pareto"]:
+        front = [one["variant"] for one in made["pareto"]["points"] if one["front"]]
+        lines.append(f"Pareto front of {made['pareto']['trait']} and {made['pareto']['skill']}: {', '.join(front)}")
+    return "\n".join(lines)

@@ -1,0 +1,65 @@
+"""The evaluation of a run's own model: on rank 0, with the model it is training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from defenses.backend import Backend
+from defenses.config import TrainDefense
+from defenses.evaluation import Evaluation, Settings, examine
+from defenses.generation import evaluating
+from defenses.judges_named import judge_of
+from defenses.suites import read_suite
+from intervene.errors import asked_found_do
+from records.config_files import ConfigError
+
+WHOLE = ("auto", "plain", "ddp")  # backends that keep the whole model on each rank
+LOADED = ("classifier", "beaverdam", "llama_guard")  # judges that are models: not loaded only to be tried out
+
+
+def require_suite(config: TrainDefense) -> None:
+    """Refuse an evaluation that cannot be made, before training.
+
+    Raises:
+        DataError, JudgeError: the suite or its judge cannot be read. ConfigError: there is none to evaluate on, or a
+            backend that has the model in pieces.
+    """
+    if config.evaluate is None:
+        if config.evaluate_every:
+            found = "there is no suite."
+            raise ConfigError(asked_found_do(f"evaluate_every {config.evaluate_every}", found, "Give --evaluate FILE."))
+        return
+    suite = read_suite(config.evaluate)
+    if suite.trait and (suite.judge is None or suite.judge.get("kind") not in LOADED):
+        judge_of(suite.judge or {})
+    if config.backend not in WHOLE:
+        found = f"{config.backend} keeps the model in pieces, and answers are written with the whole."
+        do = "Leave it out, and use `train_defense.py evaluate` on the folder afterwards."
+        raise ConfigError(asked_found_do(f"evaluate {config.evaluate}", found, do))
+
+
+def examined(config: TrainDefense, backend: Backend, tokenizer: Any, *, with_base: bool = True) -> Evaluation | None:
+    """Return what the suite finds of the model as it is now; None on other ranks than 0.
+
+    The random state of training stays as it was, so that how often one looks changes nothing.
+
+    Args:
+        with_base: also measure the divergence from the base model, which is loaded anew if it is not underneath.
+    """
+    assert config.evaluate is not None
+    if backend.rank:
+        return None
+    suite = read_suite(config.evaluate)
+    base: nn.Module | None = None
+    if with_base and suite.neutral and not hasattr(backend.model, "peft_config"):
+        from intervene.models import load_model
+
+        base = load_model(config.model, device=backend.device)[0]
+    devices = [backend.device] if backend.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), evaluating(backend.model), torch.no_grad():
+        return examine(
+            backend.model, tokenizer, suite, base=base, settings=Settings(max_new_tokens=config.answer_tokens)
+        )
