@@ -19,6 +19,7 @@ from defenses.errors import DefenseError, TrainingError
 from defenses.launch import detect
 from defenses.methods import entry_of
 from defenses.progress import say
+from defenses.prompts import OUTCOMES, outcomes_of, over_prompts
 from defenses.running import finite, reported, run, write_lines
 from defenses.statistics import paired_bootstrap, paired_differences, pareto_front, t_interval
 from intervene.errors import asked_found_do
@@ -85,6 +86,10 @@ def conclude(
     )
     made = compared(table, reference=config.reference, trait=config.trait, skill=config.skill)
     made["before"] = dict(before)
+    folders = {name: {seed: config.out / name / f"seed{seed}" for seed in seeds} for name, seeds in table.items()}
+    made["prompts"] = {
+        metric: found for metric in OUTCOMES if (found := over_prompts(outcomes_of(folders, metric), config.reference))
+    }
     replace_json(config.out / "comparison.json", finite({**made, "failed": list(failed)}))
     told(text_of(made))
     for one in failed:
@@ -239,6 +244,8 @@ def text_of(made: Mapping[str, Any]) -> str:
             gap = row["difference"]
             spread = f" [{gap['t_low']:+.4f}, {gap['t_high']:+.4f}]" if gap["n"] > 1 else ", one seed: no interval"
             text += f"  {gap['value']:+.4f}{spread} against {gap['to']}"
+        if over := made.get("prompts", {}).get(metric, {}).get(row["variant"], {}).get("difference"):
+            text += f"; over {over['n']} prompts [{over['low']:+.4f}, {over['high']:+.4f}]"
         lines.append(text)
     if made["pareto"]:
         front = [one["variant"] for one in made["pareto"]["points"] if one["front"]]

@@ -33,8 +33,9 @@ METRIC_TEXTS = {
 RUN_FOOTER = """<p>Intervals of one training are over prompts (Wilson 95 %, or bootstrap where a metric is no share).
 They say nothing of what another seed would give: compare methods over seeds.</p>"""
 COMPARISON_FOOTER = """<p>Means are over seeds, intervals Student's 95 % over seeds; a difference is taken per seed on
-the same data in the same order. With two or three seeds these intervals are wide, and should be. A method's strength
-must be chosen on other prompts than those it is reported on.</p>"""
+the same data in the same order. With two or three seeds these intervals are wide, and should be. Intervals over prompts
+(bootstrap, a prompt's answers of both variants together) say what other prompts would give of these trainings. A
+method's strength must be chosen on other prompts than those it is reported on.</p>"""
 
 
 def write_report(folder: str | Path) -> Path:
@@ -93,7 +94,8 @@ def comparison_page(folder: Path) -> str:
         body += [figure("pareto", "Trait against skill, means over seeds", summary, figures["pareto"]), "</div>"]
     for metric in _ordered(made["rows"]):
         held = [row for row in made["rows"] if row["metric"] == metric]
-        body.append(_metric_section(metric, held, made.get("before", {}).get(metric)))
+        prompts = made.get("prompts", {}).get(metric, {})
+        body.append(_metric_section(metric, held, made.get("before", {}).get(metric), prompts))
     if made.get("failed"):
         body += ["<h2>Runs that were left out</h2>", entries({f"{one['variant']}, seed {one['seed']}": one["reason"]
                                                               for one in made["failed"]})]  # fmt: skip
@@ -139,11 +141,16 @@ def _sentence(made: Mapping[str, Any]) -> tuple[str, bool]:
     lower = []
     for point in found["points"]:
         gap = rows[point["variant"], found["trait"]].get("difference")
-        if gap and gap.get("t_high") is not None and gap["t_high"] < 0:
+        over = made.get("prompts", {}).get(found["trait"], {}).get(point["variant"], {}).get("difference")
+        low, high = (over["low"], over["high"]) if over else (None, None)
+        if gap and over is None:
+            low, high = gap.get("t_low"), gap.get("t_high")
+        if gap and high is not None and high < 0:
             cost = rows[point["variant"], found["skill"]].get("difference", {}).get("value")
             paid = "" if cost is None else f", {found['skill']} {cost:+.3f}"
-            lower.append(f"{point['variant']} {gap['value']:+.3f} [{gap['t_low']:+.3f}, {gap['t_high']:+.3f}]{paid}")
-    parts.append(f"lower beyond doubt: {'; '.join(lower)}" if lower else "nothing is lower beyond its interval")
+            lower.append(f"{point['variant']} {gap['value']:+.3f} [{low:+.3f}, {high:+.3f}]{paid}")
+    unit = "prompts" if made.get("prompts", {}).get(found["trait"]) else "seeds"
+    parts.append(f"lower, with intervals over {unit}: {'; '.join(lower)}" if lower else "nothing lowers it clearly")
     return ". ".join(parts) + ".", bool(lower)
 
 
@@ -153,14 +160,29 @@ def _ordered(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*first, *(name for name in names if name not in first)]
 
 
-def _metric_section(metric: str, rows: Sequence[Mapping[str, Any]], before: float | None) -> str:
+def _metric_section(
+    metric: str, rows: Sequence[Mapping[str, Any]], before: float | None, prompts: Mapping[str, Any]
+) -> str:
     good = next((row.get("good") for row in rows), None)
-    heads = ["Variant", "#Mean", "#95 % over seeds", "#Seeds", "#Difference", "#95 % of it", "#By seed"]
+    heads = [
+        "Variant",
+        "#Mean",
+        "#95 % over seeds",
+        "#Seeds",
+        "#Difference",
+        "#over seeds",
+        "#over prompts",
+        "#By seed",
+    ]
+    if not prompts:
+        heads.remove("#over prompts")
     shown = []
     for row in sorted(rows, key=lambda one: one["mean"], reverse=good == "high"):
         gap = row.get("difference") or {}
         cells: list[Entry] = [text(row["variant"], "name"), share(row["mean"]), _interval(row, "low", "high")]
         cells += [whole(row["n"]), _signed(gap.get("value")), _interval(gap, "t_low", "t_high")]
+        if prompts:
+            cells.append(_interval(prompts.get(row["variant"], {}).get("difference", {}), "low", "high"))
         cells.append((", ".join(f"{value:.3f}" for value in row["seeds"].values()), None, "number"))
         shown.append(line(cells))
     told_of = METRIC_TEXTS.get(metric, "")
