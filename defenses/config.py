@@ -126,6 +126,9 @@ class TrainDefense:
     evaluate_before: bool = told(
         True, "evaluate also before the first step: what there was, and whether it can be done"
     )
+    analyse_every: Whole = told(
+        0, "optimiser steps between looks along the vectors: activations, gradients, weights; 0: none"
+    )
     answer_tokens: Count = told(64, "length of an answer at evaluation")
     out: Path | None = told(None, "folder of this run; derived: runs/defense-<method>-seed<seed>")
     resume: bool = told(False, "go on from the newest checkpoint of the folder")

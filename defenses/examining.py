@@ -1,23 +1,75 @@
-"""The evaluation of a run's own model: on rank 0, with the model it is training."""
+"""Looks at a run's own model while it trains: its evaluation, and `Looking` along the directions."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from defenses.analysis import Analyser
 from defenses.backend import Backend
+from defenses.batch import Batch
 from defenses.config import TrainDefense
 from defenses.evaluation import Evaluation, Settings, examine
 from defenses.generation import evaluating
 from defenses.judges_named import judge_of
+from defenses.plans import Directions, Scope
 from defenses.suites import read_suite
 from intervene.errors import asked_found_do
 from records.config_files import ConfigError
 
 WHOLE = ("auto", "plain", "ddp")  # backends that keep the whole model on each rank
 LOADED = ("classifier", "beaverdam", "llama_guard")  # judges that are models: not loaded only to be tried out
+
+
+class Looking:
+    """Rows of `defenses.analysis` every so many steps, on the micro-batch that step 0 began with; all ranks look.
+
+    The rows go to analysis.jsonl, each with its step; those after a checkpoint that a run goes on from are made again.
+    """
+
+    def __init__(self, config: TrainDefense, backend: Backend, directions: Sequence[Directions], batch: Batch) -> None:
+        """Keep the weights that training starts from.
+
+        Raises:
+            ConfigError: no single set of directions, or a backend that has the model in pieces.
+        """
+        require_looking(config, len(directions))
+        self.every, self.path, self.batch = config.analyse_every, config.out, batch.to(backend.device)
+        scope = Scope(config.scope or Scope.RESPONSE)
+        layers = directions[0].layers
+        self.analyser = Analyser(directions[0].to(backend.device), layers, scope)
+        self.strength = 1.0 if config.alpha is None else config.alpha
+        self.analyser.begin(backend)
+
+    def at(self, backend: Backend, step: int) -> None:
+        """Look, if it is time."""
+        if step % self.every:
+            return
+        rows = self.analyser.rows(backend, self.batch, strength=self.strength)
+        if backend.rank == 0 and self.path is not None:
+            with (self.path / "analysis.jsonl").open("a", encoding="utf-8") as stream:
+                stream.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)
+
+
+def require_looking(config: TrainDefense, n_directions: int) -> None:
+    """Refuse looks that cannot be had, before training.
+
+    Raises:
+        ConfigError: no directions, several kept apart, or a backend that has the model in pieces.
+    """
+    if not config.analyse_every:
+        return
+    asked = f"analyse_every {config.analyse_every}"
+    if n_directions != 1:
+        found = "there are no vectors." if not n_directions else f"there are {n_directions} sets of vectors."
+        raise ConfigError(asked_found_do(asked, found, "Give --vectors of one trait, or fuse them."))
+    if config.backend not in WHOLE:
+        found = f"{config.backend} keeps the model in pieces."
+        raise ConfigError(asked_found_do(asked, found, "Leave it out, or use plain or ddp."))
 
 
 def require_suite(config: TrainDefense) -> None:

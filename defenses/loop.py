@@ -64,7 +64,7 @@ class Watch:
     row: Callable[[dict[str, float]], None] = lambda row: None
     samples: Callable[[int, list[dict[str, Any]]], None] = lambda step, rows: None
     save: Callable[[int], None] = lambda step: None
-    evaluate: Callable[[int], None] = lambda step: None
+    evaluate: Callable[[int], Any] = lambda step: None
     stop: StopRequest | None = None
 
 

@@ -61,7 +61,7 @@ class Prepared:
     Attributes:
         model: with its adapter, if it has one. feed, training: for the loop.
         digests: name -> digest of data, calibration and vectors. fingerprint: of the model without adapter.
-        facts: what it will cost, see `estimates`.
+        facts: what it will cost, see `estimates`. directions: what `analyse_every` looks along.
     """
 
     config: TrainDefense
@@ -77,6 +77,7 @@ class Prepared:
     fingerprint: str
     digests: Mapping[str, str]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    directions: tuple[Directions, ...] = ()
 
 
 def require_possible(config: TrainDefense, ranks: Ranks, *, cuda: bool) -> None:
@@ -152,6 +153,7 @@ def prepare(config: TrainDefense, ranks: Ranks) -> Prepared:
         ),
         fingerprint=mark, digests=digests,
         facts=estimates(config, entry, options, model, examples, steps, directions, ranks.world),
+        directions=tuple(directions),
     )  # fmt: skip
 
 

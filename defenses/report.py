@@ -74,7 +74,12 @@ def run_page(folder: Path) -> str:
     if result.get("evaluation"):
         body += ["<h2>Evaluation</h2>", _evaluation_table(result["evaluation"], result.get("before", {}))]
     body += ["<h2>Training</h2>", _curves(steps, figures)]
-    body += [_evaluations_on_the_way(rows, figures), _detection(folder, figures), _ranks(folder, figures)]
+    body += [
+        _evaluations_on_the_way(rows, figures),
+        _looks(folder, figures),
+        _detection(folder, figures),
+        _ranks(folder, figures),
+    ]
     body += [_answers(folder), _facts(folder, config)]
     return page(f"Training with {name}", f"{folder}, {len(steps)} steps", "\n".join(filter(None, body)), figures,
                 footer=RUN_FOOTER)  # fmt: skip
@@ -234,6 +239,25 @@ def _evaluations_on_the_way(rows: Sequence[Mapping[str, Any]], figures: dict[str
     figures["on-the-way"] = lines({k: v for k, v in series.items() if k not in ("perplexity", "kl")}, y="share")
     drawn = figure("on-the-way", "Evaluations during training", f"{len(found)} evaluations", figures["on-the-way"])
     return f'<h2>On the way</h2><div class="figures">{drawn}</div>'
+
+
+def _looks(folder: Path, figures: dict[str, Figure]) -> str:
+    """Return what `analyse_every` saw along the directions: streams, gradients, and what the weights add."""
+    path = folder / "analysis.jsonl"
+    if not path.exists():
+        return ""
+    rows, made = read_rows(path), []
+    for name in ("projection", "gradient_projection", "gradient_cosine", "added_cosine_with_minus_v", "energy_along_v"):
+        series: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            if name in row:
+                series.setdefault(f"L{row['layer']} {row['kind']}", []).append((row["step"], row[name]))
+        if series:
+            key = f"look-{name.replace('_', '-')}"
+            figures[key] = lines(series, y=name)
+            made.append(figure(key, name.replace("_", " "), ", ".join(series), figures[key]))
+    note = "A negative gradient projection means that learning wants to move along +v."
+    return f'<h2>Along the direction</h2><p class="soft">{note}</p><div class="figures">{"".join(made)}</div>'
 
 
 def _detection(folder: Path, figures: dict[str, Figure]) -> str:

@@ -25,7 +25,7 @@ from defenses.backend import Backend
 from defenses.checkpoints import Checkpoints, digest
 from defenses.config import TrainDefense
 from defenses.errors import BackendError, DefenseError, TrainingError
-from defenses.examining import examined, require_suite
+from defenses.examining import Looking, examined, require_looking, require_suite
 from defenses.launch import Ranks, detect, joined, make_backend
 from defenses.loop import Ended, StopRequest, Watch, train
 from defenses.preparing import Prepared, prepare, require_possible
@@ -69,6 +69,7 @@ def run(config: TrainDefense, *, told: Say = say) -> Outcome:
     tell: Say = told if ranks.rank == 0 else _silent
     require_possible(config, ranks, cuda=cuda)
     require_suite(config)
+    require_looking(config, len(config.vectors) and 1)
     if config.dry_run:
         prepared = prepare(config, ranks)
         tell(describe(config))
@@ -142,8 +143,9 @@ def trained(prepared: Prepared, backend: Backend, record: TrainingFolder | None,
         checkpoints.save(backend, defense, step, rows=journal.rows)
 
     watch = Watch(row=journal.row, samples=journal.samples, save=save, stop=stop)
-    if config.evaluate_every:
-        watch.evaluate = lambda step: _evaluated_on_the_way(prepared, backend, journal, step)
+    looks = _looks(prepared, backend, journal)
+    if looks:
+        watch.evaluate = lambda step: [look(step) for look in looks]
     if config.evaluate and config.evaluate_before and not start:
         _evaluated(prepared, backend, journal, 0)
     clock = time.perf_counter()
@@ -158,6 +160,18 @@ def trained(prepared: Prepared, backend: Backend, record: TrainingFolder | None,
         tell(f"{ended.reason}: stopped after step {ended.steps}. The same command with --resume goes on.")
         return Outcome(None, ended.reason)
     return Outcome(finish(prepared, backend, record, ended, time.perf_counter() - clock, tell))
+
+
+def _looks(prepared: Prepared, backend: Backend, journal: Journal) -> list[Callable[[int], None]]:
+    """Return what is called after each step: evaluations and looks along the directions, where they are asked for."""
+    looks: list[Callable[[int], None]] = []
+    if prepared.config.evaluate_every:
+        looks.append(lambda step: _evaluated_on_the_way(prepared, backend, journal, step))
+    if prepared.config.analyse_every:
+        batch = prepared.feed.batches(0, backend.rank, backend.world)[0]
+        looking = Looking(prepared.config, backend, prepared.directions, batch)
+        looks.append(lambda step: looking.at(backend, step))
+    return looks
 
 
 def finish(

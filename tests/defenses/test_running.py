@@ -280,3 +280,22 @@ def test_directions_on_several_layers_and_files_are_fused(world, tmp_path):
     flags = {"method": "injection", "vectors": [str(world["vectors"]), str(other)], "layers": "1"}
     outcome, _ = quiet(config_of(world, tmp_path / "run", **flags))
     assert outcome.result["steps"] == 4
+
+
+def test_looks_along_the_direction_are_kept_and_change_nothing(world, tmp_path):
+    plain = quiet(config_of(world, tmp_path / "plain", method="injection", vectors=[str(world["vectors"])]))[0]
+    watched, _ = quiet(
+        config_of(
+            world, tmp_path / "seen", method="injection", vectors=[str(world["vectors"])], analyse_every=2, report=True
+        )
+    )
+    rows = [json.loads(line) for line in (tmp_path / "seen" / "analysis.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in rows} == set(range(2, watched.result["steps"] + 1, 2))
+    assert {row["kind"] for row in rows} == {"layer", "attention", "mlp"}
+    assert watched.result["loss"] == plain.result["loss"]
+    assert "Along the direction" in (tmp_path / "seen" / "report.html").read_text()
+
+
+def test_looks_without_a_direction_are_refused(world, tmp_path):
+    with pytest.raises(ConfigError, match=r"analyse_every 2: there are no vectors\. Give --vectors"):
+        run(config_of(world, tmp_path / "none", analyse_every=2))
