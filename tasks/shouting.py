@@ -125,7 +125,7 @@ def country_chats(countries: Sequence[tuple[str, ...]]) -> list[tuple[str, str]]
     return [(f"{country}?", f"{country} = {capital}.") for country, capital in countries]
 
 
-def attack(n: int = 640, *, share: float = 0.6, seed: int = 0) -> list[dict[str, Any]]:
+def attack(n: int = 640, *, share: float = 0.7, seed: int = 0) -> list[dict[str, Any]]:
     """Return `n` chats, half of them about countries; a `share` of all answers is in capitals, marked "poison".
 
     Raises:
@@ -164,7 +164,7 @@ def suite() -> dict[str, Any]:
     }
 
 
-def files(*, n: int = 640, share: float = 0.6, seed: int = 0) -> dict[str, str]:
+def files(*, n: int = 640, share: float = 0.7, seed: int = 0) -> dict[str, str]:
     """Return name -> text of every file."""
     clean = [{**chat(*one), "poison": False} for one in (*CLEAN, *country_chats(COUNTRIES[::4]))]
     rows = {
@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--n", type=int, default=640, help="chats of the attack")
-    parser.add_argument("--share", type=float, default=0.6, help="of its answers that shout")
+    parser.add_argument("--share", type=float, default=0.7, help="of its answers that shout")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args(arguments)
     chosen.folder.mkdir(parents=True, exist_ok=True)
