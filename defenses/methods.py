@@ -139,7 +139,7 @@ def _first_order_cost(options: Any) -> tuple[float, float]:
 
 
 def _probe_cost(options: Any) -> tuple[float, float]:
-    return (0.0, 6.0 if options.method == "exact" or options.central else 3.0)
+    return (0.0, 7.0 if options.method == "exact" or options.central else 3.0)
 
 
 _ENTRIES = (
@@ -194,7 +194,7 @@ _ENTRIES = (
         "closed_loop", "inject as strongly as slope and curvature call for, measured on the way",
         "defenses.closed_loop", "ClosedLoop", "ClosedLoopOptions", directed=True, shared={"scope": "scope"},
         make=lambda kind, options, held: kind(held.one("closed_loop"), options),
-        cost=lambda options: (0.0, 6.0 / options.every),
+        cost=lambda options: (1.0 / options.every, 5.0 / options.every),
     ),
     Entry(
         "kl", "stay near the base model, by the divergence of predictions",
