@@ -192,7 +192,7 @@ def train_on_task(
     data = _encoded(tokenizer, _texts(task, "train"))
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, steps, warmup))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate_share(step, steps, warmup))
     model.train()
     loss = torch.tensor(float("nan"))
     for step in range(steps):
@@ -209,7 +209,7 @@ def train_on_task(
     return float(loss.detach())
 
 
-def _rate(step: int, steps: int, warmup: float) -> float:
+def rate_share(step: int, steps: int, warmup: float) -> float:
     """Return the factor on the learning rate: up in a line, then down along a cosine."""
     rising = max(1, round(warmup * steps))
     if step < rising:
@@ -249,7 +249,7 @@ def trained(
     task = task_named(task) if isinstance(task, str) else task
     config = config or Training()
     folder = cache_root(cache_dir) / "trained" / _digest(task, config)
-    facts = _facts(folder)
+    facts = facts_in(folder)
     if facts is None:
         facts = _train_into(folder, task, config, progress)
     model, tokenizer = load_model(folder)
@@ -262,7 +262,7 @@ def _digest(task: Task, config: Training) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _facts(folder: Path) -> dict[str, Any] | None:
+def facts_in(folder: Path) -> dict[str, Any] | None:
     """Return what was recorded of the trained model in `folder`, or None if it is not there or not whole."""
     try:
         facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
@@ -307,13 +307,13 @@ def _train_into(folder: Path, task: Task, config: Training, progress: Progress |
             "sha256": sha256_of(draft / _WEIGHTS),
         }
         (draft / FACTS).write_text(json.dumps(facts, indent=2), encoding="utf-8")
-        _move(draft, folder)
-    return _facts(folder) or facts
+        keep_draft(draft, folder)
+    return facts_in(folder) or facts
 
 
-def _move(draft: Path, folder: Path) -> None:
+def keep_draft(draft: Path, folder: Path) -> None:
     """Make `draft` the folder, unless another process has meanwhile put a whole one there."""
-    if _facts(folder) is not None:
+    if facts_in(folder) is not None:
         return
     with beside(folder) as aside:
         if folder.exists():

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from alignments.pairs import Progress
-from alignments.small_models import FACTS, Training, _facts, _move, _rate, small_transformer, word_tokenizer
+from alignments.small_models import FACTS, Training, facts_in, keep_draft, rate_share, small_transformer, word_tokenizer
 from defenses.batch import Example, collate
 from intervene.content import IGNORED_LABEL
 from intervene.embedded import cache_root, quiet_bars
@@ -238,7 +238,7 @@ def world(
     """
     data, training = TwoTrait(seed), replace(training, seed=seed)
     folder = cache_root(cache_dir) / "trained" / f"two_trait-{_digest(data, training)}"
-    facts = _facts(folder)
+    facts = facts_in(folder)
     if facts is None:
         started = time.monotonic()
         made = _trained(data, training, progress)
@@ -254,7 +254,7 @@ def world(
                 "sha256": sha256_of(draft / "model.safetensors"),
             }
             (draft / FACTS).write_text(json.dumps(facts, indent=2), encoding="utf-8")
-            _move(draft, folder)
+            keep_draft(draft, folder)
     model, tokenizer = load_model(folder)
     return World(data, tokenizer, facts, model)
 
@@ -288,7 +288,9 @@ def _trained(data: TwoTrait, training: Training, progress: Progress | None) -> W
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=training.lr, weight_decay=training.weight_decay, betas=(0.9, 0.98)
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, training.steps, training.warmup))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: rate_share(step, training.steps, training.warmup)
+    )
     model.train()
     for step in range(training.steps):
         rows = torch.randint(len(batch), (training.batch_size,), generator=generator)
