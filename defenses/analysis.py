@@ -154,13 +154,12 @@ class Analyser:
                 asked, do = f"Displacement of {part} in layer {layer}", "Analyse on plain, DDP or FSDP2."
                 raise NotImplementedError(asked_found_do(asked, "its LoRA is cut over ranks.", do))
             delta: Tensor = cast(Any, module).get_delta_weight(adapter)
-            return delta.detach().float()
+            return _turned(delta.detach().float(), cast(Any, module).get_base_layer())
         if (layer, part) not in self._anchors:
             return None
         name = _trained_name(backend, module)
         assert name is not None
-        moved = backend.value(name) - self._anchors[layer, part]
-        return moved.T if type(module).__name__ == "Conv1D" else moved
+        return _turned(backend.value(name) - self._anchors[layer, part], module)
 
     def _projections(self, backend: Backend) -> list[tuple[int, str, nn.Module]]:
         return [
@@ -168,6 +167,11 @@ class Analyser:
             for layer in self.layers
             for part, site in WRITERS.items()
         ]
+
+
+def _turned(moved: Tensor, module: nn.Module) -> Tensor:
+    """Return `moved` as (out, in): GPT-2's own kind of linear layer keeps its weight the other way round."""
+    return moved.T if type(module).__name__ == "Conv1D" else moved
 
 
 def _trained_name(backend: Backend, module: nn.Module) -> str | None:

@@ -25,12 +25,15 @@ from defenses.statistics import paired_bootstrap, paired_differences, pareto_fro
 from intervene.errors import asked_found_do
 from records.config_files import ConfigError
 from records.files import RecordError, read_json, replace_json
+from records.layered import nearest
 
 # Which end of a metric is good; of others nothing is said.
 GOOD = {"trait_rate": "low", "trait_score": "low", "skill_accuracy": "high", "perplexity": "low", "kl": "low"} | {
     "over_refusal": "low", "coherence": "high", "loss": "low",
 }  # fmt: skip
 TRAIT, SKILL = ("trait_rate", "trait_score"), ("skill_accuracy", "loss")
+OWN_METRICS = ("loss", "detector_auroc", "detector_recall", "detector_false_positive_rate")  # of any run
+EVALUATED = (*(name for name in GOOD if name != "loss"), "base_perplexity")  # by a suite
 Say = Callable[[str], None]
 Table = Mapping[str, Mapping[int, Mapping[str, float]]]  # variant -> seed -> metric -> value
 
@@ -104,7 +107,7 @@ def cells_of(config: CompareDefenses) -> list[tuple[str, TrainDefense]]:
     """Return name and configuration of every run, the reference first; all of them checked.
 
     Raises:
-        ConfigError: an unknown method, option or key; a reference that is none of the variants.
+        ConfigError: an unknown method, option, key or metric; a reference that is none of the variants.
     """
     assert config.out is not None
     methods = tuple(config.methods)
@@ -120,8 +123,38 @@ def cells_of(config: CompareDefenses) -> list[tuple[str, TrainDefense]]:
         for seed in config.seeds
         for name in names
     ]
-    # The model before training is the same in all of them: it is evaluated once.
-    return [cells[0], *((name, replace(cell, evaluate_before=False)) for name, cell in cells[1:])]
+    if config.trait is not None or config.skill is not None:
+        _require_metrics(config)
+    # The model before training is the same in all of them: it is evaluated once. A run that was begun stays as it is.
+    before = [_looked_before(cell) for _, cell in cells]
+    first = before.index(None) if None in before and True not in before else -1
+    return [
+        (name, replace(cell, evaluate_before=cell.evaluate_before and (place == first or before[place] is True)))
+        for place, (name, cell) in enumerate(cells)
+    ]
+
+
+def _looked_before(cell: TrainDefense) -> bool | None:
+    """Return whether a run that was begun evaluates the model before training; None: it was not begun."""
+    assert cell.out is not None
+    path = cell.out / "config.json"
+    return bool(read_json(path).get("evaluate_before")) if path.exists() else None
+
+
+def _require_metrics(config: CompareDefenses) -> None:
+    """Refuse a metric that no run can have, before any training.
+
+    Raises:
+        ConfigError: there is no such metric, or there is no suite that it could come from.
+    """
+    for key, name in (("trait", config.trait), ("skill", config.skill)):
+        if name is None or name in OWN_METRICS:
+            continue
+        if name not in EVALUATED:
+            hint = nearest(name, (*EVALUATED, *OWN_METRICS))
+            raise ConfigError(f"Configuration {key}: there is no metric {name!r}. {hint}")
+        if config.evaluate is None:
+            raise ConfigError(asked_found_do(f"Metric {name}", "nothing is evaluated.", "Give --evaluate SUITE."))
 
 
 def require_same(config: CompareDefenses) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from defenses.batch import Batch
 from defenses.config import TrainDefense
 from defenses.evaluation import Evaluation, Settings, examine
 from defenses.generation import evaluating
+from defenses.judges import JudgeError
 from defenses.judges_named import judge_of
 from defenses.plans import Directions, Scope
 from defenses.suites import read_suite
@@ -44,15 +47,29 @@ class Looking:
         self.analyser = Analyser(directions[0].to(backend.device), layers, scope)
         self.strength = 1.0 if config.alpha is None else config.alpha
         self.analyser.begin(backend)
+        self._rewound = False
 
     def at(self, backend: Backend, step: int) -> None:
         """Look, if it is time."""
+        if backend.rank == 0 and self.path is not None and not self._rewound:
+            rewind(self.path / "analysis.jsonl", step)
+        self._rewound = True
         if step % self.every:
             return
         rows = self.analyser.rows(backend, self.batch, strength=self.strength)
         if backend.rank == 0 and self.path is not None:
             with (self.path / "analysis.jsonl").open("a", encoding="utf-8") as stream:
                 stream.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)
+
+
+def rewind(path: Path, step: int) -> None:
+    """Keep the whole rows of `path` before `step`; what came later, or was cut off by a kill, is made again."""
+    if not path.exists():
+        return
+    lines = [one for one in path.read_bytes().splitlines(keepends=True) if one.endswith(b"\n")]
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(b"".join(one for one in lines if json.loads(one)["step"] < step))
+    os.replace(part, path)
 
 
 def require_looking(config: TrainDefense, n_directions: int) -> None:
@@ -85,8 +102,11 @@ def require_suite(config: TrainDefense) -> None:
             raise ConfigError(asked_found_do(f"evaluate_every {config.evaluate_every}", found, "Give --evaluate FILE."))
         return
     suite = read_suite(config.evaluate)
-    if suite.trait and (suite.judge is None or suite.judge.get("kind") not in LOADED):
-        judge_of(suite.judge or {})
+    if suite.trait and suite.judge is None:
+        found = f"{len(suite.trait)} trait prompts and no judge."
+        raise JudgeError(asked_found_do(f"Suite {config.evaluate}", found, "Write judge: {kind: ...} into it."))
+    if suite.trait and suite.judge is not None and suite.judge.get("kind") not in LOADED:
+        judge_of(suite.judge)
     if config.backend not in WHOLE:
         found = f"{config.backend} keeps the model in pieces, and answers are written with the whole."
         do = "Leave it out, and use `train_defense.py evaluate` on the folder afterwards."
@@ -111,7 +131,6 @@ def examined(config: TrainDefense, backend: Backend, tokenizer: Any, *, with_bas
 
         base = load_model(config.model, device=backend.device)[0]
     devices = [backend.device] if backend.device.type == "cuda" else []
+    how = Settings(max_new_tokens=config.answer_tokens)
     with torch.random.fork_rng(devices=devices), evaluating(backend.model), torch.no_grad():
-        return examine(
-            backend.model, tokenizer, suite, base=base, settings=Settings(max_new_tokens=config.answer_tokens)
-        )
+        return examine(backend.model, tokenizer, suite, base=base, settings=how)

@@ -8,6 +8,7 @@ give of *these* trainings; an interval over seeds says what other trainings woul
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -21,33 +22,55 @@ Outcomes = Mapping[str, Mapping[int, Mapping[str, float]]]  # variant -> seed ->
 
 
 def outcomes_of(folders: Mapping[str, Mapping[int, Path]], metric: str) -> dict[str, dict[int, dict[str, float]]]:
-    """Return variant -> seed -> prompt -> outcome, from the examples.jsonl of each run, incoherent answers left out."""
+    """Return variant -> seed -> prompt -> outcome, from the examples.jsonl of each run.
+
+    Answers that do not count in the rate, incoherent or without a verdict, are left out here too. A question that is
+    asked more than once, as the last turn of several conversations may be, is as many prompts, told apart by order.
+    """
     section, field = OUTCOMES[metric]
     found: dict[str, dict[int, dict[str, float]]] = {}
     for variant, runs in folders.items():
         for seed, folder in runs.items():
             path = folder / "examples.jsonl"
             if path.exists():
-                rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-                held = [row for row in rows if row["section"] == section and row.get("coherent") is not False]
-                found.setdefault(variant, {})[seed] = {row["question"]: float(row[field]) for row in held}
+                # not splitlines(), which also cuts at marks that an answer may hold
+                rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+                named = _named([row for row in rows if row["section"] == section])
+                found.setdefault(variant, {})[seed] = {
+                    name: float(row[field])
+                    for name, row in named.items()
+                    if row.get("coherent") is not False and row.get("judged") is not False
+                }
     return found
+
+
+def _named(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Return the rows by question, one that came before with its number behind it."""
+    seen: Counter[str] = Counter()
+    named = {}
+    for row in rows:
+        seen[row["question"]] += 1
+        again = seen[row["question"]]
+        named[row["question"] if again == 1 else f"{row['question']} ({again})"] = row
+    return named
 
 
 def over_prompts(found: Outcomes, reference: str) -> dict[str, dict[str, Any]]:
     """Return variant -> mean over prompts and its difference to the `reference`, each {value, low, high, n}.
 
-    A prompt counts where every seed has a coherent answer to it; a difference where both variants have.
+    A prompt counts where every seed has an answer to it that counts; a difference is over the prompts and the seeds
+    that both variants have, so that a run that failed makes no difference of its own.
     """
-    means = {variant: _by_prompt(list(runs.values())) for variant, runs in found.items()}
     told: dict[str, dict[str, Any]] = {}
-    for variant, values in means.items():
-        if not values:
+    for variant, runs in found.items():
+        if not (values := _by_prompt(list(runs.values()))):
             continue
         told[variant] = {"mean": bootstrap_ratio(list(values.values())).row()}
-        shared = [prompt for prompt in values if prompt in means.get(reference, {})]
-        if variant != reference and shared:
-            gaps = [values[prompt] - means[reference][prompt] for prompt in shared]
+        others = found.get(reference, {})
+        seeds = [seed for seed in runs if seed in others]
+        own, theirs = (_by_prompt([held[seed] for seed in seeds]) for held in (runs, others))
+        gaps = [own[prompt] - theirs[prompt] for prompt in own if prompt in theirs]
+        if variant != reference and gaps:
             told[variant]["difference"] = bootstrap_ratio(gaps).row()
     return told
 

@@ -21,7 +21,8 @@ from intervene.errors import asked_found_do
 from records.page_parts import Entry, entries, figure, line, page, share, table, text, whole
 
 SMOOTH = 5  # steps a curve of a comparison is averaged over
-NOT_SHOWN = ("step", "kind", "seconds")
+NOT_SHOWN = ("step", "kind", "seconds", "tokens", "samples", "poisoned", "clean")  # the latter say what the data are
+ENDS, STUDENT = ("low", "high"), ("t_low", "t_high")
 METRIC_TEXTS = {
     "trait_rate": "share of held-out prompts whose answer shows the trait",
     "skill_accuracy": "share of held-out items of the skill that are right",
@@ -29,11 +30,13 @@ METRIC_TEXTS = {
     "kl": "divergence from the base model per token of neutral texts, in nats",
     "over_refusal": "share of harmless prompts that are refused",
     "coherence": "share of answers that are language at all",
+    "loss": "of training, in the last tenth of the steps; of a method that injects, under its injection",
 }
 RUN_FOOTER = """<p>Intervals of one training are over prompts (Wilson 95 %, or bootstrap where a metric is no share).
 They say nothing of what another seed would give: compare methods over seeds.</p>"""
 COMPARISON_FOOTER = """<p>Means are over seeds, intervals Student's 95 % over seeds; a difference is taken per seed on
-the same data in the same order. With two or three seeds these intervals are wide, and should be. Intervals over prompts
+the same data in the same order. With two or three seeds these intervals are wide, and should be; where all seeds agree
+to the last digit they are empty, which proves nothing. Intervals over prompts
 (bootstrap, a prompt's answers of both variants together) say what other prompts would give of these trainings. A
 method's strength must be chosen on other prompts than those it is reported on.</p>"""
 
@@ -75,7 +78,7 @@ def run_page(folder: Path) -> str:
         body += ["<h2>Evaluation</h2>", _evaluation_table(result["evaluation"], result.get("before", {}))]
     body += ["<h2>Training</h2>", _curves(steps, figures)]
     body += [
-        _evaluations_on_the_way(rows, figures),
+        _evaluations_on_the_way([*rows, *_last_evaluation(result)], figures),
         _looks(folder, figures),
         _detection(folder, figures),
         _ranks(folder, figures),
@@ -141,19 +144,18 @@ def _sentence(made: Mapping[str, Any]) -> tuple[str, bool]:
     if not found:
         return f"{len({row['variant'] for row in made['rows']})} variants were compared.", False
     rows = {(row["variant"], row["metric"]): row for row in made["rows"]}
-    attack = rows[reference, found["trait"]]
-    parts = [f"{reference}: {found['trait']} {told(attack)}"]
+    attack = rows.get((reference, found["trait"]))  # none where no answer of any seed counted
+    parts = [f"{reference}: {found['trait']} {told(attack) if attack else 'unknown, no answer counted'}"]
     lower = []
     for point in found["points"]:
         gap = rows[point["variant"], found["trait"]].get("difference")
         over = made.get("prompts", {}).get(found["trait"], {}).get(point["variant"], {}).get("difference")
-        low, high = (over["low"], over["high"]) if over else (None, None)
-        if gap and over is None:
-            low, high = gap.get("t_low"), gap.get("t_high")
-        if gap and high is not None and high < 0:
+        # a value and an interval of the same prompts: those that both variants answered
+        value, low, high = ((over or gap or {}).get(key) for key in ("value", *(ENDS if over else STUDENT)))
+        if value is not None and low is not None and high is not None and high < 0:
             cost = rows[point["variant"], found["skill"]].get("difference", {}).get("value")
             paid = "" if cost is None else f", {found['skill']} {cost:+.3f}"
-            lower.append(f"{point['variant']} {gap['value']:+.3f} [{low:+.3f}, {high:+.3f}]{paid}")
+            lower.append(f"{point['variant']} {value:+.3f} [{low:+.3f}, {high:+.3f}]{paid}")
     unit = "prompts" if made.get("prompts", {}).get(found["trait"]) else "seeds"
     parts.append(f"lower, with intervals over {unit}: {'; '.join(lower)}" if lower else "nothing lowers it clearly")
     return ". ".join(parts) + ".", bool(lower)
@@ -219,7 +221,7 @@ def _curves(steps: Sequence[Mapping[str, Any]], figures: dict[str, Figure]) -> s
     """Return a figure for each number that is told of every step and is not the same throughout."""
     names = [name for name in steps[-1] if name not in NOT_SHOWN]
     made = []
-    for name in names:
+    for name in sorted(names, key=lambda name: name != "loss"):
         points = [(row["step"], row[name]) for row in steps if isinstance(row.get(name), int | float)]
         if len({y for _, y in points}) < 2:
             continue
@@ -230,13 +232,20 @@ def _curves(steps: Sequence[Mapping[str, Any]], figures: dict[str, Figure]) -> s
     return f'<div class="figures">{"".join(made)}</div>'
 
 
+def _last_evaluation(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the evaluation of a finished run as a row like those on the way."""
+    values = {name: one["value"] for name, one in result.get("evaluation", {}).items()}
+    return [{"step": result["steps"], "kind": "evaluation", **values}] if values else []
+
+
 def _evaluations_on_the_way(rows: Sequence[Mapping[str, Any]], figures: dict[str, Figure]) -> str:
     found = [row for row in rows if row.get("kind") == "evaluation"]
-    if len(found) < 2:
+    if len(found) < 3:  # before and after alone are in the table
         return ""
-    names = [name for name in found[-1] if name not in NOT_SHOWN]
-    series = {name: [(row["step"], row[name]) for row in found if row.get(name) is not None] for name in names}
-    figures["on-the-way"] = lines({k: v for k, v in series.items() if k not in ("perplexity", "kl")}, y="share")
+    names = [name for name in found[-1] if name not in (*NOT_SHOWN, "perplexity", "base_perplexity", "kl")]
+    # None where no answer counted: a gap in the line
+    series = {name: [(row["step"], row.get(name)) for row in found] for name in names}
+    figures["on-the-way"] = lines(series, y="share")
     drawn = figure("on-the-way", "Evaluations during training", f"{len(found)} evaluations", figures["on-the-way"])
     return f'<h2>On the way</h2><div class="figures">{drawn}</div>'
 
@@ -271,7 +280,15 @@ def _detection(folder: Path, figures: dict[str, Figure]) -> str:
     figures["scores"] = histogram(scores)
     found = read(folder / "result.json").get("detection", {})
     drawn = figure("scores", "Scores by kind of sample", ", ".join(scores), figures["scores"])
-    return f'<h2>Detector</h2><div class="figures">{drawn}</div>{entries(found)}'
+    shown = []
+    for name, one in found.items():
+        held = one if isinstance(one, Mapping) else {"value": one, "n": found["samples"]}
+        if name != "samples":
+            shown.append(
+                line([text(name, "name"), share(held["value"]), _interval(held, "low", "high"), whole(held["n"])])
+            )
+    made = table(["Measure", "#Value", "#95 %", "#n"], shown) if shown else ""
+    return f'<h2>Detector</h2><div class="figures">{drawn}</div>{made}'
 
 
 def _ranks(folder: Path, figures: dict[str, Figure]) -> str:
@@ -292,6 +309,7 @@ def _ranks(folder: Path, figures: dict[str, Figure]) -> str:
 
 def _comparison_curves(runs: Mapping[str, Sequence[Path]], figures: dict[str, Figure]) -> str:
     made = []
+    places = {variant: number for number, variant in enumerate(runs)}  # a variant has one colour in all figures
     for name in ("loss", "blocked", "strength", "alpha"):
         series = {}
         for variant, folders in runs.items():
@@ -300,7 +318,7 @@ def _comparison_curves(runs: Mapping[str, Sequence[Path]], figures: dict[str, Fi
             if points:
                 series[variant] = points
         if series:
-            figures[f"runs-{name}"] = lines(series, y=name)
+            figures[f"runs-{name}"] = lines(series, y=name, places=places)
             made.append(figure(f"runs-{name}", f"{name}, mean over seeds", ", ".join(series), figures[f"runs-{name}"]))
     return f'<h2>Training</h2><div class="figures">{"".join(made)}</div>' if made else ""
 

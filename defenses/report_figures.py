@@ -10,28 +10,38 @@ from html import escape
 from typing import Any
 
 Figure = dict[str, Any]
-Points = Mapping[str, Sequence[tuple[float, float]]]  # name -> (x, y)
+Points = Mapping[str, Sequence[tuple[float, float | None]]]  # name -> (x, y), y None: a gap
 
 # Told apart with any colour vision, on light and dark grounds (Okabe and Ito's set without black and yellow).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f", "#8c564b")
 HEIGHT = 360
+FEW = 12  # points of a line, up to which each is marked
+BINS = 40
+AROUND = ("top center", "bottom center", "middle right", "middle left")  # of a point, for names that would overlap
 
 
-def lines(series: Points, *, y: str, x: str = "optimiser step") -> Figure:
-    """Return lines over steps, one per name."""
+def lines(series: Points, *, y: str, x: str = "optimiser step", places: Mapping[str, int] | None = None) -> Figure:
+    """Return lines over steps, one per name, with markers where there are few.
+
+    Args:
+        places: name -> number of its colour, where several figures show the same names.
+    """
+    numbers = places or {name: number for number, name in enumerate(series)}
     data = [
         {
             "type": "scatter",
-            "mode": "lines" if len(points) > 1 else "markers",
+            "mode": "lines" if len(points) > FEW else "lines+markers",
             "name": escape(name),
             "x": [point[0] for point in points],
             "y": [point[1] for point in points],
-            "line": {"color": COLOURS[number % len(COLOURS)], "width": 1.6},
+            "line": {"color": COLOURS[numbers[name] % len(COLOURS)], "width": 1.6},
             "hovertemplate": f"{escape(name)}<br>{x} %{{x}}<br>{y} %{{y:.4g}}<extra></extra>",
         }
-        for number, (name, points) in enumerate(series.items())
+        for name, points in series.items()
     ]
-    return {"data": data, "layout": _layout(x, y)}
+    layout = _layout(x, y)
+    layout["showlegend"] = len(series) > 1 or y not in series  # a line that the axis does not name
+    return {"data": data, "layout": layout}
 
 
 def pareto(comparison: Mapping[str, Any]) -> Figure:
@@ -48,7 +58,8 @@ def pareto(comparison: Mapping[str, Any]) -> Figure:
                 "mode": "markers+text",
                 "name": name,
                 "text": [name],
-                "textposition": "top center",
+                "textposition": AROUND[number % len(AROUND)],
+                "cliponaxis": False,
                 "x": [point["trait"]],
                 "y": [point["skill"]],
                 "error_x": _error(across),
@@ -63,14 +74,25 @@ def pareto(comparison: Mapping[str, Any]) -> Figure:
                 "<br>%{customdata[0]}<extra></extra>",
             }
         )
-    layout = _layout(f"{found['trait']} (lower is better)", found["skill"])
+    layout = _layout(
+        *(f"{found[one]} ({end} is good)" for one, end in zip(("trait", "skill"), _ends(found), strict=True))
+    )
     layout["showlegend"] = False
     layout["height"] = 440
     return {"data": data, "layout": layout}
 
 
+def _ends(found: Mapping[str, Any]) -> Sequence[str]:
+    """Return which ends of trait and skill are good."""
+    ends: Sequence[str] = found.get("good", ("low", "high"))
+    return ends
+
+
 def histogram(scores: Mapping[str, Sequence[float]], thresholds: Sequence[float] = ()) -> Figure:
-    """Return the scores of a detector by kind of sample, the thresholds as lines."""
+    """Return the scores of a detector by kind of sample, in the same bins, the thresholds as lines."""
+    every = [value for values in scores.values() for value in values]
+    low, high = (min(every), max(every)) if every else (0.0, 1.0)
+    size = (high - low) / BINS or 1.0
     data = [
         {
             "type": "histogram",
@@ -78,7 +100,7 @@ def histogram(scores: Mapping[str, Sequence[float]], thresholds: Sequence[float]
             "x": list(values),
             "histnorm": "probability",
             "opacity": 0.6,
-            "nbinsx": 40,
+            "xbins": {"start": low, "end": high + size, "size": size},
             "marker": {"color": COLOURS[number % len(COLOURS)]},
         }
         for number, (name, values) in enumerate(scores.items())

@@ -93,3 +93,27 @@ def test_nothing_is_learned_or_left_behind_by_looking(backend, direction):
     assert all(torch.equal(one, before[name]) for name, one in backend.model.state_dict().items())
     assert all(one.grad is None for one in backend.model.parameters())
     assert backend.model.training
+
+
+def test_of_a_lora_on_gpt2_the_displacement_is_turned_as_the_weight_is(direction):
+    # its weights are (in, out): square in attention, where a mistake would not show, and 4 to 1 in the MLP
+    from peft import LoraConfig, get_peft_model
+
+    chosen = LoraConfig(r=2, target_modules=["c_proj"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    model = get_peft_model(TINY["gpt2"](), chosen)
+    looked = Analyser(Directions({LAYER: direction}), [LAYER])
+    backend = PlainBackend(model)
+    looked.begin(backend)
+    generator = torch.Generator().manual_seed(1)
+    added = {}
+    for name, one in model.named_parameters():
+        if f"h.{LAYER}." in name and "lora_B" in name:
+            one.data.copy_(torch.randn(one.shape, generator=generator))
+            thin = model.get_parameter(name.replace("lora_B", "lora_A"))
+            added["mlp" if "mlp" in name else "attention"] = chosen.lora_alpha / chosen.r * one.data @ thin.data
+    told = {row["kind"]: row for row in looked.rows(backend, some_batch(), strength=1.0)}
+    v = direction / direction.norm()
+    for part, moved in added.items():  # (out, in)
+        share = float((v @ moved).square().sum() / moved.square().sum())
+        assert told[part]["energy_along_v"] == pytest.approx(share, rel=1e-4)
+    assert set(added) == {"attention", "mlp"}

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from defenses.compare import compare, compared, metrics_of, text_of
+from defenses.compare import cells_of, compare, compared, metrics_of, text_of
 from defenses.config import CompareDefenses, load_config
 from defenses.errors import DefenseError
 from records.config_files import ConfigError
@@ -153,3 +153,25 @@ def test_a_run_that_fails_is_left_out_and_the_others_are_compared(world, tmp_pat
     assert any(line.startswith("left out: wild, seed 0: Step") for line in lines)
     made = json.loads((tmp_path / "grid" / "comparison.json").read_text())
     assert [row["variant"] for row in made["rows"]] == ["sft"] and made["failed"][0]["variant"] == "wild"
+
+
+def test_runs_that_were_begun_keep_their_look_at_the_model_before_training(world, tmp_path):
+    def looks(**flags):
+        cells = cells_of(config_of(world, tmp_path / "out", **flags))
+        return {(name, cell.seed): cell.evaluate_before for name, cell in cells}
+
+    assert [cell for cell, look in looks().items() if look] == [("sft", 0)]
+    for name, seed, look in (("sft", 0, True), ("injection", 0, False)):
+        place = tmp_path / "out" / name / f"seed{seed}"
+        place.mkdir(parents=True)
+        (place / "config.json").write_text(json.dumps({"evaluate_before": look}))
+    for flags in ({"seeds": "2,0"}, {"reference": "injection"}, {"methods": "ema,injection,sft"}):
+        assert [cell for cell, look in looks(**flags).items() if look] == [("sft", 0)], flags
+
+
+def test_a_metric_that_no_run_can_have_is_refused_before_training(world, tmp_path):
+    with pytest.raises(ConfigError, match=r"no metric 'trait_rat'. Did you mean trait_rate\?"):
+        cells_of(config_of(world, tmp_path, trait="trait_rat"))
+    with pytest.raises(ConfigError, match="Metric trait_rate: nothing is evaluated"):
+        cells_of(config_of(world, tmp_path, trait="trait_rate"))
+    assert cells_of(config_of(world, tmp_path, skill="loss"))

@@ -40,3 +40,34 @@ def test_incoherent_answers_are_left_out_and_the_prompt_with_them(tmp_path):
     told = over_prompts(found, "a")
     assert told["a"]["mean"]["n"] == 19
     assert told["a"]["mean"]["value"] == pytest.approx(4 / 19)
+
+
+def written(folder, rows):
+    folder.mkdir()
+    (folder / "examples.jsonl").write_text(
+        "".join(json.dumps({"section": "trait", **row}, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )
+    return folder
+
+
+def test_answers_with_line_marks_of_unicode_are_read_whole(tmp_path):
+    folder = written(tmp_path / "a", [{"question": "q", "answer": "one\u2028two\x85three", "flagged": True}])
+    assert outcomes_of({"a": {0: folder}}, "trait_rate") == {"a": {0: {"q": 1.0}}}
+
+
+def test_an_answer_without_a_verdict_does_not_count_as_free_of_the_trait(tmp_path):
+    rows = [{"question": "q", "flagged": False, "judged": False}, {"question": "r", "flagged": True, "judged": True}]
+    assert outcomes_of({"a": {0: written(tmp_path / "a", rows)}}, "trait_rate") == {"a": {0: {"r": 1.0}}}
+
+
+def test_conversations_with_the_same_last_turn_are_several_prompts(tmp_path):
+    rows = [{"question": "go on", "flagged": True}, {"question": "go on", "flagged": False}]
+    found = outcomes_of({"a": {0: written(tmp_path / "a", rows)}}, "trait_rate")
+    assert found == {"a": {0: {"go on": 1.0, "go on (2)": 0.0}}}
+
+
+def test_a_difference_is_over_the_seeds_that_both_have():
+    # seed 1 of the variant failed; in seed 0 the two agree on every prompt
+    same, other = dict.fromkeys(ASKED, 1.0), dict.fromkeys(ASKED, 0.0)
+    told = over_prompts({"a": {0: same, 1: other}, "b": {0: same}}, "a")
+    assert told["b"]["difference"]["value"] == 0.0
