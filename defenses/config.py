@@ -232,7 +232,12 @@ def variant(config: CompareDefenses, name: str, seed: int, out: Path) -> TrainDe
     method = given.pop("method", {"name": name})
     entry = entry_of(str(method.get("name", DEFAULT_METHOD)))
     same = method.get("name") == config.method_name
-    absent = {key: None for key in SHARED if key not in entry.shared and key not in given}
+    own_action = method.get("action")
+    kind = own_action.get("kind") if isinstance(own_action, Mapping) else own_action
+    injects = (given.get("action") or kind or config.action) == "inject"
+    # The strength of an action is asked of those that have one: a grid's --alpha is for methods that inject.
+    unused = [key for key, path in entry.shared.items() if path.startswith("action.strength") and not injects]
+    absent = {key: None for key in SHARED if (key not in entry.shared or key in unused) and key not in given}
     placed = {
         **values, **absent, **given, "method": {**(config.method if same else {}), **method},
         "seed": seed, "out": out, "resume": True, "dry_run": False, "report": False,

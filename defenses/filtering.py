@@ -20,7 +20,7 @@ from torch import Tensor
 
 from defenses.actions import Denominator, learn_weighted
 from defenses.backend import Backend
-from defenses.batch import UNKNOWN, Batch
+from defenses.batch import UNKNOWN, Batch, Example
 from defenses.defense import Defense, Step
 from defenses.errors import CalibrationError, DataError
 from defenses.objectives import n_tokens, token_losses
@@ -96,6 +96,21 @@ class Filtering(Defense):
                 raise CalibrationError(asked_found_do("Filter at random", found, "Pass indices=."))
             self.drawn = drawn_at_random(indices, options.rate or 0.0, options.seed)
         self._log = SampleLog()
+
+    def require(self, examples: Sequence[Example]) -> None:
+        """Refuse data that cannot be filtered, before training: later, one rank alone would find out.
+
+        Raises:
+            DataError: an example without a label, or without a score.
+        """
+        if self.options.by == "oracle" and (unknown := [one.index for one in examples if one.poison is None]):
+            found = f'example {unknown[0]} does not say whether it is ("poison": true or false).'
+            raise DataError(asked_found_do("Filter by oracle", found, "Label all of the data."))
+        if self.options.by == "scores" and (
+            unscored := [one.index for one in examples if one.index not in self.scores]
+        ):
+            found = f"example {unscored[0]} has no score, and {len(unscored)} of {len(examples)} have none."
+            raise DataError(asked_found_do("Filter by scores", found, "Score all of the data, of every rank."))
 
     def left_out(self, batch: Batch) -> Tensor:
         """Return (N,) bool: which samples weigh nothing.

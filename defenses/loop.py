@@ -130,7 +130,8 @@ def train(
             watch.row({"step": done, **shown(sums), "grad_norm": norm, "lr": rate, "seconds": seconds})
         watch.evaluate(done)
         reason = _asked_to_stop(backend, watch.stop)
-        if reason or (training.save_every and done % training.save_every == 0 and done < training.steps):
+        # The last step too: what follows (weights, evaluation) may fail, and would cost the training.
+        if reason or (training.save_every and (done % training.save_every == 0 or done == training.steps)):
             watch.save(done)
         if reason and done < training.steps:
             return Ended(done, reason)

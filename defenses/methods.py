@@ -125,8 +125,10 @@ def _delta_cost(options: Any) -> tuple[float, float]:
 
 
 def _filtered(kind: Any, options: Any, held: Materials) -> Defense:
-    made: Defense = kind(options, indices=[one.index for one in held.examples], scores=held.scores)
-    return made
+    made = kind(options, indices=[one.index for one in held.examples], scores=held.scores)
+    made.require(held.examples)
+    filtered: Defense = made
+    return filtered
 
 
 def _held(kind: Any, options: Any, held: Materials) -> Defense:

@@ -152,23 +152,25 @@ def prepare(config: TrainDefense, ranks: Ranks) -> Prepared:
             betas=config.betas, weight_decay=config.weight_decay, clip=config.clip, precision=config.precision
         ),
         fingerprint=mark, digests=digests,
-        facts=estimates(config, entry, options, model, examples, steps, directions, ranks.world),
+        facts=estimates(config, entry, options, model, examples, steps, directions, ranks.world)
+        | {"calibrated_on_training": len({one.input_ids for one in examples} & {one.input_ids for one in clean})},
         directions=tuple(directions),
     )  # fmt: skip
 
 
 def scores_of(path: Path) -> dict[int, float]:
-    """Return Example.index -> its last score in a samples.jsonl.
+    """Return Example.index -> its last score in a samples.jsonl, and in those of the run's other ranks beside it.
 
     Raises:
         CalibrationError: it cannot be read, or holds no scores.
     """
     found: dict[int, float] = {}
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            if row.get("score") is not None:
-                found[int(row["index"])] = float(row["score"])
+        for one in (path, *sorted(path.parent.glob(f"{path.stem}-rank*{path.suffix}"))):
+            for line in one.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                if row.get("score") is not None:
+                    found[int(row["index"])] = float(row["score"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         do = "Give the samples.jsonl of a run with a detecting method."
         raise CalibrationError(asked_found_do(f"Scores {path}", f"they cannot be read ({error}).", do)) from error

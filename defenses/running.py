@@ -131,6 +131,7 @@ def trained(prepared: Prepared, backend: Backend, record: TrainingFolder | None,
     )  # fmt: skip
     checkpoints = Checkpoints(config.out / "checkpoints", identity_of(prepared), config.keep, tell)
     torch.manual_seed(config.seed + 1000 * backend.rank)  # of dropout: another on each rank
+    looks = _looks(prepared, backend, journal)  # before a checkpoint is read: these are the weights it all began with
     meta = checkpoints.load(backend, defense) if config.resume else None
     start = 0 if meta is None else meta.step
     journal.rewind(0 if meta is None else meta.rows, start)
@@ -143,7 +144,6 @@ def trained(prepared: Prepared, backend: Backend, record: TrainingFolder | None,
         checkpoints.save(backend, defense, step, rows=journal.rows)
 
     watch = Watch(row=journal.row, samples=journal.samples, save=save, stop=stop)
-    looks = _looks(prepared, backend, journal)
     if looks:
         watch.evaluate = lambda step: [look(step) for look in looks]
     if config.evaluate and config.evaluate_before and not start:
@@ -279,6 +279,11 @@ def tell_estimates(prepared: Prepared, tell: Say) -> None:
         f"{facts['examples']} examples, {facts['steps']} steps of {config.batch_size} ({facts['epochs']:.2f} epochs), "
         f"{facts['tokens']} tokens, {facts['learned_tokens']} of them learned"
     )
+    if shared := prepared.facts.get("calibrated_on_training"):
+        tell(
+            f"warning: {shared} of the clean examples that thresholds are calibrated on are also trained on; the false "
+            "positive rate will not be what was asked for"
+        )
     trainable = sum(one.numel() for one in prepared.model.parameters() if one.requires_grad)
     tell(
         f"{trainable / 1e6:.2f} M parameters trained; {facts['forward_units_per_micro_batch']} forward passes per "
@@ -287,11 +292,20 @@ def tell_estimates(prepared: Prepared, tell: Say) -> None:
 
 
 def detection_of(folder: Path) -> dict[str, Any]:
-    """Return how well the scores of samples.jsonl tell poisoned from clean, and what was blocked; {} without any."""
-    rows = [row for row in read_samples(folder) if "score" in row]
-    if not rows:
+    """Return how well the scores of samples.jsonl tell poisoned from clean, and what was blocked; {} without any.
+
+    A sample counts once, as it was scored last, however many epochs there were: scores of one sample depend on each
+    other, and intervals over all of them would be too narrow.
+    """
+    every = [row for row in read_samples(folder) if "score" in row]
+    if not every:
         return {}
-    told: dict[str, Any] = {"samples": len(rows), "blocked": sum(bool(row.get("blocked")) for row in rows) / len(rows)}
+    rows = list({row["index"]: row for row in every}.values())
+    told: dict[str, Any] = {
+        "samples": len(rows),
+        "scores": len(every),
+        "blocked": sum(bool(row.get("blocked")) for row in every) / len(every),
+    }
     known = [row for row in rows if row.get("poison") is not None]
     if {row["poison"] for row in known} == {True, False}:
         told["auroc"] = separation(rows).row()

@@ -71,6 +71,11 @@ class Strength:
     end: float = 2.0
     stop: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.shape == "constant" and self.onset:
+            do = "Give a schedule: rise, decline or late."
+            raise ConfigError(asked_found_do(f"Strength with onset {self.onset:g}", "it is constant.", do))
+
     def at(self, step: int, total: int) -> float:
         """Return the strength in optimiser step `step`, from 0, of `total`.
 
@@ -83,14 +88,14 @@ class Strength:
             raise ConfigError(asked_found_do(f"Strength with onset {self.onset}", found, "Choose an earlier onset."))
         if self.stop is not None and step >= at_step(self.stop, total):
             return 0.0
+        if self.shape == "constant":
+            return self.alpha
         p = min(1.0, max(0.0, (step + 1 - onset) / (total - onset)))
         if self.shape == "rise":
             return self.alpha * (1 + p * (self.end - 1))
         if self.shape == "decline":
             return self.alpha * (1 - p)
-        if self.shape == "late":
-            return self.alpha if step >= onset else 0.0
-        return self.alpha
+        return self.alpha if step >= onset else 0.0
 
     def mean(self, total: int) -> float:
         """Return the mean strength over a training: what a constant control of the same dose uses."""

@@ -175,3 +175,9 @@ def test_a_metric_that_no_run_can_have_is_refused_before_training(world, tmp_pat
     with pytest.raises(ConfigError, match="Metric trait_rate: nothing is evaluated"):
         cells_of(config_of(world, tmp_path, trait="trait_rate"))
     assert cells_of(config_of(world, tmp_path, skill="loss"))
+
+
+def test_a_strength_for_all_is_not_asked_of_methods_that_only_block(world, tmp_path):
+    flags = {"methods": "sft,injection,delta_loss", "alpha": 1}
+    cells = dict(cells_of(config_of(world, tmp_path / "grid", **{**flags, "seeds": "0"})))
+    assert cells["injection"].alpha == 1 and cells["delta_loss"].alpha is None

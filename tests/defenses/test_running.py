@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -78,7 +79,7 @@ def test_the_folder_says_what_was_run_and_on_what(world, tmp_path):
     assert environment["backend"] == "plain" and environment["resolved"]["sources"]["steps"] == "flag"
     assert environment["estimates"]["times_sft"] == 1.0
     assert "40 examples, 4 steps of 8 (0.80 epochs)" in told
-    assert [one.name for one in (folder / "checkpoints").iterdir()] == ["step-00000002"]
+    assert sorted(one.name for one in (folder / "checkpoints").iterdir()) == ["step-00000002", "step-00000004"]
     assert outcome.result["loss"]["first"] == rows_of(folder)[0]["loss"]
     assert json.loads((folder / "config.json").read_text())["summary"] == "a note"
     with pytest.raises(RecordError, match="holds 4 finished rows and a result: pass --resume"):
@@ -207,7 +208,7 @@ def test_a_detector_with_a_false_positive_rate_is_calibrated_and_judged(world, t
     outcome, told = quiet(config_of(world, tmp_path / "run", **flags))
     assert "32 examples" in told  # eight of the clean ones are never learned
     found = outcome.result["detection"]
-    assert found["samples"] == 64 and 0 <= found["auroc"]["value"] <= 1
+    assert found["samples"] == 32 and found["scores"] == 64 and 0 <= found["auroc"]["value"] <= 1
     held = {json.loads(line)["index"] for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()}
     assert len(held) == 32 and all(one in held for one in range(0, 40, 4))  # poisoned ones stay
 
@@ -299,3 +300,53 @@ def test_looks_along_the_direction_are_kept_and_change_nothing(world, tmp_path):
 def test_looks_without_a_direction_are_refused(world, tmp_path):
     with pytest.raises(ConfigError, match=r"analyse_every 2: there are no vectors\. Give --vectors"):
         run(config_of(world, tmp_path / "none", analyse_every=2))
+
+
+def test_looks_measure_from_the_start_of_the_training_also_after_a_resume(world, tmp_path):
+    flags = {"method": "injection", "vectors": [str(world["vectors"])], "analyse_every": 4, "save_every": 2}
+
+    def added(folder):
+        rows = [json.loads(line) for line in (folder / "analysis.jsonl").read_text().splitlines()]
+        return [row["added_norm"] for row in rows if row["step"] == 4 and row["kind"] != "layer"]
+
+    quiet(config_of(world, tmp_path / "whole", **flags))
+    quiet(config_of(world, tmp_path / "cut", **flags))
+    # as if it had been killed after its first checkpoint
+    (tmp_path / "cut" / "result.json").unlink()
+    for folder in (tmp_path / "cut" / "checkpoints").iterdir():
+        if folder.name.endswith("4"):
+            shutil.rmtree(folder)
+    quiet(config_of(world, tmp_path / "cut", resume=True, **flags))
+    assert added(tmp_path / "cut") == pytest.approx(added(tmp_path / "whole"), rel=1e-5)
+
+
+def test_a_training_that_is_over_is_not_made_again_when_its_evaluation_failed(world, tmp_path):
+    quiet(config_of(world, tmp_path / "run", save_every=100))
+    (tmp_path / "run" / "result.json").unlink()  # as if it had ended between the last step and the result
+    before = rows_of(tmp_path / "run")
+    outcome, told = quiet(config_of(world, tmp_path / "run", save_every=100, resume=True))
+    assert "resumed after step 4" in told and outcome.exit_code == 0
+    assert rows_of(tmp_path / "run") == before
+
+
+def test_a_sample_counts_once_in_what_is_said_of_a_detector(world, tmp_path):
+    flags = {"method": "delta_loss", "vectors": [str(world["vectors"])], "steps": 10, "batch_size": 8}
+    outcome, _ = quiet(config_of(world, tmp_path / "run", **flags))
+    found = outcome.result["detection"]
+    assert found["scores"] == 80 and found["samples"] == 40 == found["auroc"]["n"]
+
+
+def test_clean_examples_that_are_also_trained_on_are_told(world, tmp_path):
+    clean = write_data(tmp_path / "clean.jsonl", 12, poison=False, seed=5)
+    flags = {"method": "delta_loss", "vectors": [str(world["vectors"])], "fpr": 0.2, "calibration": str(clean)}
+    _, told = quiet(config_of(world, tmp_path / "run", **{**flags, "train_data": [str(world["data"]), str(clean)]}))
+    assert "warning: " in told and "are also trained on" in told
+
+
+def test_data_that_cannot_be_filtered_are_refused_before_training(world, tmp_path):
+    scores = tmp_path / "samples.jsonl"
+    scores.write_text(json.dumps({"step": 1, "index": 0, "score": 0.5}) + "\n")
+    sets = ["method.by=scores", "method.threshold=0.1"]
+    with pytest.raises(DataError, match=r"39 of 40 have none\. Score all of the data"):
+        run(config_of(world, tmp_path / "run", sets, method="filtering", scores=str(scores)))
+    assert not (tmp_path / "run").exists()
