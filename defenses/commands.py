@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict
 
+from defenses.chat import PLAIN_TEMPLATE
 from defenses.config import TrainDefense
 from defenses.config_values import Count, Layers, Names, Rate, Text, Whole
 from defenses.errors import DataError, VectorError
@@ -43,6 +44,7 @@ class ExtractVectors:
     held_out: Rate = told(0.5, "share of the questions that the vectors are judged on")
     max_new_tokens: Count = told(64, "of the answers to --questions")
     batch_size: Count = told(8, "conversations per pass")
+    chat_template: Text | None = told(None, "jinja text, or plain; derived: the tokenizer's own")
     placebo: Literal["none", "random", "orthogonal", "shuffled"] = told("none", "write a control of the same norms")
     seed: Whole = told(0, "of the split, and of a placebo")
     overwrite: bool = told(False, "replace an existing file")
@@ -63,6 +65,7 @@ class ProjectData:
     mode: Literal["res_mean", "input_last"] = told("res_mean", "mean over the answer, or the token before it")
     max_new_tokens: Count = told(128, "of the model's own answer")
     batch_size: Count = told(8, "conversations per pass")
+    chat_template: Text | None = told(None, "jinja text, or plain; derived: the tokenizer's own")
     force_vectors: Text | None = told(None, "the reason for using vectors of another model")
     sources: Mapping[str, str] = sources_field()
 
@@ -79,9 +82,11 @@ class Evaluate:
     out: Path | None = told(None, "folder for evaluation.json and examples.jsonl; derived: only printed")
     max_new_tokens: Count = told(64, "of an answer")
     batch_size: Count = told(8, "prompts per pass")
+    chat_template: Text | None = told(None, "jinja text, or plain; derived: the tokenizer's own")
     vectors: Names = told((), "steer with these while answering, to see what they do")
     layers: Layers | None = told(None, "of --vectors; derived: all")
-    alpha: float = told(0.0, "strength of --vectors")
+    alpha: float = told(0.0, "strength of --vectors; needed with them")
+    force_vectors: Text | None = told(None, "the reason for using vectors of another model")
     sources: Mapping[str, str] = sources_field()
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -132,6 +137,8 @@ def extract_vectors(config: ExtractVectors) -> int:
     if config.out.exists() and not config.overwrite:
         raise VectorError(asked_found_do(f"Write {config.out}", "it exists.", "Choose another --out, or --overwrite."))
     model, tokenizer = load_model(config.model)
+    if config.chat_template:  # for the model's own answers and for the reading of both kinds
+        tokenizer.chat_template = PLAIN_TEMPLATE if config.chat_template == "plain" else config.chat_template
     positive, negative = contrast_of(config, model, tokenizer)
     found = extract(
         model, tokenizer, positive, negative, layers=config.layers, pooling=config.pooling,
@@ -152,7 +159,7 @@ def contrast_of(config: ExtractVectors, model: Any, tokenizer: Any) -> tuple[lis
     """Return the two kinds of conversation: from their files, or as the model's answers under two system prompts.
 
     Raises:
-        ConfigError: neither, both, or half of one of them was given.
+        ConfigError: neither, both, or half of one of them was given. DataError: the questions cannot be read.
     """
     files = (config.positive, config.negative)
     own = (config.questions, config.positive_system, config.negative_system)
@@ -162,7 +169,8 @@ def contrast_of(config: ExtractVectors, model: Any, tokenizer: Any) -> tuple[lis
         from defenses.contrasts import contrast_from_prompts
 
         assert config.questions is not None and config.positive_system and config.negative_system
-        asked = [line.strip() for line in config.questions.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = lines_of(config.questions, "Give a text file with one question per line.")
+        asked = [line.strip() for line in lines if line.strip()]
         made = contrast_from_prompts(
             model, tokenizer, asked, config.positive_system, config.negative_system,
             max_new_tokens=config.max_new_tokens, batch_size=config.batch_size, seed=config.seed,
@@ -188,6 +196,18 @@ def conversations(path: Path) -> list[Conversation]:
     return found
 
 
+def lines_of(path: Path, do: str) -> list[str]:
+    """Return the lines of a text file, cut at line feeds alone: JSON may hold any other separator as it is.
+
+    Raises:
+        DataError: it cannot be read; `do` says what to give.
+    """
+    try:
+        return path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(asked_found_do(f"Read {path}", f"{error}.", do)) from error
+
+
 def messages_of_rows(path: Path) -> list[tuple[int, list[dict[str, str]]]]:
     """Return line number and messages of each line.
 
@@ -195,11 +215,7 @@ def messages_of_rows(path: Path) -> list[tuple[int, list[dict[str, str]]]]:
         DataError: the file cannot be read, or a line is no conversation.
     """
     found: list[tuple[int, list[dict[str, str]]]] = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Read {path}: {error}. Give JSONL.") from error
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines_of(path, "Give JSONL."), start=1):
         if not line.strip():
             continue
         try:
@@ -208,7 +224,9 @@ def messages_of_rows(path: Path) -> list[tuple[int, list[dict[str, str]]]]:
                 {"role": "user", "content": row["prompt"]},
                 {"role": "assistant", "content": row["response"]},
             ]
-        except (ValueError, KeyError, AttributeError) as error:
+            if not all(isinstance(turn[key], str) for turn in made for key in ("role", "content")):
+                raise ValueError("a role or content is no text")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             do = 'Write {"messages": [...]}, or {"prompt": ..., "response": ...}.'
             raise DataError(f"{path}:{number}: no conversation ({error}). {do}") from error
         found.append((number, made))
@@ -229,14 +247,21 @@ def project_data(config: ProjectData) -> int:
     directions = read_vectors(config.vectors, model=model, force=config.force_vectors)
     made = build_projections(
         model, tokenizer, rows, directions, layer=config.layer, mode=config.mode,
-        max_new_tokens=config.max_new_tokens, batch_size=config.batch_size,
+        max_new_tokens=config.max_new_tokens, batch_size=config.batch_size, chat_template=config.chat_template,
+        force=config.force_vectors,
     )  # fmt: skip
     say(f"{write_projections(config.data, config.out, made)} written: {len(rows)} rows, layer {made.layer}")
     return 0
 
 
 def evaluate_folder(config: Evaluate) -> int:
-    """Examine a saved model, print its metrics, and write them where a folder is given."""
+    """Examine a saved model, print its metrics, and write them where a folder is given.
+
+    Vectors are checked against --base where it is given, because weights that have learned have another fingerprint.
+
+    Raises:
+        ConfigError: vectors without a strength. DefenseError, InterveneError: what cannot be read, or does not fit.
+    """
     from defenses.evaluation import Settings, examine
     from defenses.plans import injection
     from defenses.running import finite, write_lines
@@ -245,16 +270,21 @@ def evaluate_folder(config: Evaluate) -> int:
     from intervene import AllTokens
     from intervene.models import load_model
 
+    if config.vectors and not config.alpha:
+        reason = "alpha is 0, which steers nothing."
+        raise ConfigError(asked_found_do(f"Vectors {', '.join(config.vectors)}", reason, "Give --alpha, e.g. 1."))
     suite = read_suite(config.suite)
     folder = Path(config.folder)
     model, tokenizer = load_trained(folder) if folder.is_dir() else load_model(config.folder)
     base = load_model(config.base)[0] if config.base else None
-    plan = tuple(
-        item
-        for name in config.vectors
-        for item in injection(read_vectors(name, layers=config.layers), config.alpha, positions=AllTokens())
+    before = model if base is None else base
+    read = [
+        read_vectors(name, model=before, layers=config.layers, force=config.force_vectors) for name in config.vectors
+    ]
+    plan = tuple(item for one in read for item in injection(one, config.alpha, positions=AllTokens()))
+    how = Settings(
+        max_new_tokens=config.max_new_tokens, batch_size=config.batch_size, chat_template=config.chat_template
     )
-    how = Settings(max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
     found = examine(model, tokenizer, suite, base=base, settings=how, plan=plan)
     for name, one in found.metrics.items():
         say(f"{name:<18} {one}")

@@ -116,7 +116,8 @@ def require_suite(config: TrainDefense) -> None:
 def examined(config: TrainDefense, backend: Backend, tokenizer: Any, *, with_base: bool = True) -> Evaluation | None:
     """Return what the suite finds of the model as it is now; None on other ranks than 0.
 
-    The random state of training stays as it was, so that how often one looks changes nothing.
+    The random state of training stays as it was, so that how often one looks changes nothing. Prompts are written as
+    the training data were, with the same chat template.
 
     Args:
         with_base: also measure the divergence from the base model, which is loaded anew if it is not underneath.
@@ -131,6 +132,6 @@ def examined(config: TrainDefense, backend: Backend, tokenizer: Any, *, with_bas
 
         base = load_model(config.model, device=backend.device)[0]
     devices = [backend.device] if backend.device.type == "cuda" else []
-    how = Settings(max_new_tokens=config.answer_tokens)
+    how = Settings(max_new_tokens=config.answer_tokens, chat_template=config.data.get("chat_template"))
     with torch.random.fork_rng(devices=devices), evaluating(backend.model), torch.no_grad():
         return examine(backend.model, tokenizer, suite, base=base, settings=how)

@@ -67,7 +67,7 @@ def token_ids(tokenizer: Any, prompt: Prompt, system: str | None = None, chat_te
     template = PLAIN_TEMPLATE if chat_template == "plain" else chat_template
     if template or getattr(tokenizer, "chat_template", None):
         turns = messages_of(prompt, system)
-        text = tokenizer.apply_chat_template(turns, template, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
     elif isinstance(prompt, str) and system is None:
         ids = tokenizer(prompt)["input_ids"]

@@ -120,9 +120,11 @@ def judge_of(spec: Mapping[str, Any]) -> Judge:
     """
     values = dict(spec)
     kind = values.pop("kind", None)
-    if kind not in JUDGES:
-        hint = close_names(str(kind), JUDGES)
-        raise JudgeError(asked_found_do(f"Judge {dict(spec)}", f"the kind is {kind!r}.", f"Write kind: one of. {hint}"))
+    if not isinstance(kind, str) or kind not in JUDGES:
+        hint = close_names(kind, JUDGES) if isinstance(kind, str) else ""
+        near = f" {hint}" if hint.startswith("Did you mean") else ""  # otherwise it is the list once more
+        do = f"Write kind: one of {', '.join(sorted(JUDGES))}.{near}"
+        raise JudgeError(asked_found_do(f"Judge {dict(spec)}", f"the kind is {kind!r}.", do))
     build = JUDGES[kind]
     known = list(inspect.signature(build).parameters)
     if unknown := [name for name in values if name not in known]:

@@ -32,6 +32,7 @@ from defenses.launch import Ranks
 from defenses.loop import Training
 from defenses.methods import Entry, Materials, entry_of, options_of, require_holdout
 from defenses.plans import Directions
+from defenses.projections import require_references
 from defenses.schedules import Rate
 from defenses.vector_files import read_vectors
 from intervene.errors import asked_found_do
@@ -140,6 +141,9 @@ def prepare(config: TrainDefense, ranks: Ranks) -> Prepared:
         scores=scores_of(config.scores) if config.scores else None,
         neutral=neutral_feed(config, tokenizer) if config.neutral else None,
     )  # fmt: skip
+    if entry.name == "state_aware":
+        files = [*config.train_data, *([str(config.calibration)] if config.calibration else [])]
+        require_references(files, directions[0], options.layer, mark=mark)
     defense = entry.build(options, materials)
     digests = {"train": data.digest[:12], **({"calibration": calibration} if calibration else {})}
     files = [*config.vectors, *(str(one) for one in (config.scores, config.neutral) if one)]
@@ -167,7 +171,9 @@ def scores_of(path: Path) -> dict[int, float]:
     found: dict[int, float] = {}
     try:
         for one in (path, *sorted(path.parent.glob(f"{path.stem}-rank*{path.suffix}"))):
-            for line in one.read_text(encoding="utf-8").splitlines():
+            for line in one.read_text(encoding="utf-8").split("\n"):
+                if not line:
+                    continue
                 row = json.loads(line)
                 if row.get("score") is not None:
                     found[int(row["index"])] = float(row["score"])

@@ -10,7 +10,8 @@ both take the mean over the answer's text, without tokens of the template.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -64,29 +65,37 @@ def build_projections(
     max_new_tokens: int = 128,
     batch_size: int = 8,
     chat_template: str | None = None,
+    force: str | None = None,
 ) -> Projections:
     """Return, for each conversation, the projection on the direction of what `model` itself would have answered.
+
+    Only the last turn is answered. Training that learns earlier assistant turns too takes its mean over all of them,
+    and so compares other text with this reference; use `learn="last_assistant"` for conversations of several turns.
 
     Args:
         conversations: messages that end with an assistant turn, whose prompt is all before it. layer: of the
             direction; None where there is only one. mode: "res_mean": the greedy answer is read, and its mean
             activation projected. "input_last": the last token before the answer is, and nothing is generated; it
             foretells the answer (r = .75-.83 over kinds of prompts, less within one).
+        chat_template: instead of the tokenizer's own, that of the training data: jinja, or "plain". force: the reason
+            for using directions of another model.
 
     Raises:
         DataError: a conversation that does not end with an assistant turn, or cannot be rendered.
-        VectorError: no such layer, several and none named, or an unknown mode.
+        VectorError: no such layer, several and none named, an unknown mode, or another model without a reason.
 
     Source: projection difference, Chen et al. 2025 (arXiv 2507.21509), without dividing by the direction's norm.
     """
     if mode not in get_args(Mode):
         raise VectorError(f"Projections of mode {mode!r}: there is none. Use one of {', '.join(get_args(Mode))}.")
     chosen = one_layer(directions, layer)
-    directions.only([chosen]).check(model)
+    directions.only([chosen]).check(model, force=force)
     prompts, gold = zip(*(_split(one, number) for number, one in enumerate(conversations)), strict=True)
     said = [""] * len(prompts)
     if mode == "res_mean":
-        said = answers(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        said = answers(
+            model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, chat_template=chat_template
+        )
     empty = [number for number, answer in enumerate(said) if not answer] if mode == "res_mean" else []
     values = [0.0] * len(prompts)
     spoken = [number for number, answer in enumerate(said) if answer]
@@ -124,7 +133,7 @@ def write_projections(source: str | Path, destination: str | Path, made: Project
         found = f"a row has a {REFERENCE!r} already."
         raise DataError(asked_found_do(f"Projections of {source}", found, "Take it out first."))
     target = Path(destination)
-    facts = target.with_name(f"{target.name}.projections.json")
+    facts = _facts_beside(target)
     for path in (target, facts):
         if path.exists():
             raise DataError(asked_found_do(f"Write {path}", "it exists.", "Choose another name, or move it away."))
@@ -135,6 +144,46 @@ def write_projections(source: str | Path, destination: str | Path, made: Project
     target.write_text(text, encoding="utf-8")
     facts.write_text(json.dumps(made.facts(), indent=2) + "\n", encoding="utf-8")
     return facts
+
+
+def require_references(
+    paths: Iterable[str | Path], directions: Directions, layer: int | None = None, *, mark: str = ""
+) -> None:
+    """Refuse data whose references were built along another direction, or with another model, than are used now.
+
+    What is not known is not compared: a path without `<path>.projections.json` beside it, or no fingerprint.
+
+    Args:
+        paths: the training data. directions: those in use. layer: of them, as in `one_layer`.
+        mark: fingerprint of the model before training; "": that of the directions, unless they were forced on it.
+
+    Raises:
+        DataError: another layer, norm or model, or facts that cannot be read. VectorError: as `one_layer`.
+    """
+    chosen = one_layer(directions, layer)
+    if not mark and not directions.facts.get("force"):
+        mark = directions.fingerprint
+    used = float(directions.at(chosen).norm())
+    do = "Build them anew (train_defense.py build_projections) with what you train with, or train with what they had."
+    for path in map(Path, paths):
+        place = _facts_beside(path)
+        if not place.is_file():
+            continue
+        try:
+            made = json.loads(place.read_text(encoding="utf-8"))
+            built, norm, model = int(made["layer"]), float(made["norm"]), str(made["fingerprint"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            found = f"{place.name} cannot be read ({error!r})."
+            raise DataError(asked_found_do(f"References of {path}", found, "Build them anew.")) from error
+        differ = []
+        if built != chosen:
+            differ.append(f"made at layer {built}, layer {chosen} is used")
+        if not math.isclose(norm, used, rel_tol=1e-4):
+            differ.append(f"made with a direction of norm {norm:.6g}, one of norm {used:.6g} is used")
+        if model and mark and model != mark:
+            differ.append(f"made with model {model}, model {mark} is used")
+        if differ:
+            raise DataError(asked_found_do(f"References of {path}", f"{'; '.join(differ)}.", do))
 
 
 def one_layer(directions: Directions, layer: int | None) -> int:
@@ -148,6 +197,10 @@ def one_layer(directions: Directions, layer: int | None) -> int:
     chosen = directions.layers[0] if layer is None else layer
     directions.at(chosen)
     return chosen
+
+
+def _facts_beside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.projections.json")
 
 
 def _split(conversation: Sequence[Message], number: int) -> tuple[list[Message], str]:

@@ -5,6 +5,9 @@
 
 This is the projection difference of persona vectors with a live first term: late in training it mixes what the data
 are with what the model has become, which a `Quantile` threshold calibrated anew follows and a fixed one does not.
+
+p goes over all assistant turns that are learned, ref over an answer to the last turn alone. For conversations of
+several turns read the data with `learn="last_assistant"`, or the two are means of different things.
 """
 
 from __future__ import annotations

@@ -190,8 +190,9 @@ def test_judges_are_built_from_the_table(spec, flagged, clean):
 
 def test_bad_judge_descriptions_say_what_is_wrong(tmp_path):
     for spec, message in (
-        ({}, "the kind is None"),
-        ({"kind": "capital"}, "Did you mean capitals"),
+        ({}, r"the kind is None\. Write kind: one of beaverdam, capitals, .*, spanish_tag\.$"),
+        ({"kind": ["contains"]}, r"the kind is \['contains'\]\. Write kind: one of"),
+        ({"kind": "capital"}, r"Write kind: one of beaverdam, .*\. Did you mean capitals"),
         ({"kind": "contains", "txt": "a"}, "it takes no 'txt'. Did you mean text"),
         ({"kind": "contains"}, "Judge contains: text: "),
         ({"kind": "capitals", "share": "much"}, "Judge capitals: share: "),

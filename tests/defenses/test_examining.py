@@ -1,4 +1,4 @@
-"""Looks at a model while it trains: rows that are made again, a suite without a judge."""
+"""Looks at a model while it trains: rows that are made again, the template of the data, a suite without a judge."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import json
 
 import pytest
 
+from defenses import examining
+from defenses.backend import PlainBackend
 from defenses.config import TrainDefense, load_config
-from defenses.examining import require_suite, rewind
+from defenses.examining import examined, require_suite, rewind
 from defenses.judges import JudgeError
+from intervene.models import load_model
 from tests.defenses.tiny_runs import tiny_world
 
 
@@ -28,6 +31,23 @@ def test_rows_from_a_step_on_are_dropped_and_a_torn_one(tmp_path):
 def config_of(world, suite, **more):
     given = {"model": str(world["model"]), "train_data": [str(world["data"])], "evaluate": str(suite), **more}
     return load_config(TrainDefense, None, (), given)
+
+
+def test_prompts_are_written_with_the_template_of_the_data(world, tmp_path, monkeypatch):
+    suite = tmp_path / "suite.yaml"
+    suite.write_text("skill:\n- {prompt: red, answer: blue}\n")
+    config = config_of(world, suite, data={"chat_template": "plain"}, answer_tokens=2)
+    model, tokenizer = load_model(str(world["model"]))
+    seen = []
+    real = examining.examine
+
+    def watched(*given, settings, **more):
+        seen.append(settings)
+        return real(*given, settings=settings, **more)
+
+    monkeypatch.setattr(examining, "examine", watched)
+    assert examined(config, PlainBackend(model), tokenizer) is not None
+    assert seen[0].chat_template == "plain" and seen[0].max_new_tokens == 2
 
 
 def test_trait_prompts_without_a_judge_are_refused_with_what_to_write(world, tmp_path):

@@ -122,6 +122,16 @@ def test_the_chat_template_writes_turns_and_the_system_prompt():
     assert tokenizer.decode(token_ids(tokenizer, turns)).count("<s>") == 4
 
 
+def test_a_given_template_goes_before_the_tokenizers_own():
+    tokenizer = word_tokenizer(("user", "assistant", "system", ":"), chat=True)
+    ids = token_ids(tokenizer, "w1 w2", chat_template="{% for m in messages %}{{ m['content'] }} w9{% endfor %}")
+    assert tokenizer.decode(ids) == "w1 w2 w9"
+    plain = word_tokenizer()
+    assert token_ids(plain, "w1", system="w3", chat_template="plain")
+    turns = [[{"role": "user", "content": "w1"}]]
+    assert len(answers(TINY["llama"](), plain, turns, max_new_tokens=2, chat_template="plain")) == 1
+
+
 def test_what_cannot_be_asked_is_refused():
     model, tokenizer = TINY["llama"](), word_tokenizer()
     with pytest.raises(DataError, match="no chat template"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from defenses.errors import CalibrationError, DataError, VectorError
 from defenses.generation import answers
 from defenses.objectives import learned
 from defenses.plans import Scope, scope_columns
-from defenses.projections import build_projections, write_projections
+from defenses.projections import build_projections, require_references, write_projections
 from defenses.state_aware import StateAware, StateAwareOptions
 from defenses.thresholds import Fixed, Quantile
 from records.config_files import ConfigError
@@ -127,6 +128,47 @@ def test_writing_refuses_other_rows_and_what_exists(tmp_path):
     write_projections(source, tmp_path / "out.jsonl", made)
     with pytest.raises(DataError, match="it exists"):
         write_projections(source, tmp_path / "out.jsonl", made)
+
+
+def test_directions_of_another_model_are_built_with_for_a_reason():
+    model, tokenizer = TINY["llama"](), word_tokenizer(["user", "assistant", ":"], chat=True)
+    foreign = replace(directions(LAYER), fingerprint="f" * 16)
+    with pytest.raises(VectorError, match="ffffffff"):
+        build_projections(model, tokenizer, talks(), foreign, mode="input_last")
+    assert build_projections(model, tokenizer, talks(), foreign, mode="input_last", force="a test").layer == LAYER
+
+
+def test_the_models_answers_are_asked_for_in_the_template_given():
+    model, tokenizer = TINY["llama"](), word_tokenizer()  # without a template of its own
+    made = build_projections(model, tokenizer, talks(), directions(LAYER), max_new_tokens=3, chat_template="plain")
+    prompts = [talk[:1] for talk in talks()]
+    assert list(made.answers) == answers(model, tokenizer, prompts, max_new_tokens=3, chat_template="plain")
+
+
+def test_references_of_another_layer_length_or_model_are_refused(tmp_path):
+    model, tokenizer = TINY["llama"](), word_tokenizer(["user", "assistant", ":"], chat=True)
+    v = directions(LAYER, length=2.0)
+    source, target = tmp_path / "data.jsonl", tmp_path / "with.jsonl"
+    source.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks()))
+    made = build_projections(model, tokenizer, talks(), v, mode="input_last")
+    facts = write_projections(source, target, made)
+    both = [str(source), target]  # the first has no facts beside it
+    require_references(both, v)
+    require_references(both, replace(v, fingerprint=made.fingerprint), LAYER, mark=made.fingerprint)
+    require_references(both, replace(v, fingerprint="f" * 16, facts={"force": "a test"}))
+    with pytest.raises(DataError, match=r"with\.jsonl: made at layer 1, layer 0 is used\. Build them anew"):
+        require_references(both, directions(0, length=2.0))
+    with pytest.raises(DataError, match=r"made with a direction of norm 2, one of norm 3 is used"):
+        require_references(both, directions(LAYER, length=3.0))
+    for given in ({"directions": replace(v, fingerprint="f" * 16)}, {"directions": v, "mark": "f" * 16}):
+        with pytest.raises(DataError, match=f"made with model {made.fingerprint}, model ffffffffffffffff is used"):
+            require_references(both, **given)
+    with pytest.raises(VectorError, match="Name the layer"):
+        require_references(both, directions(0, 1))
+    for text in ("{", "[]", "{}"):
+        facts.write_text(text)
+        with pytest.raises(DataError, match=r"projections\.json cannot be read"):
+            require_references(both, v)
 
 
 # --- training -------------------------------------------------------------------------------------------------------

@@ -27,8 +27,7 @@ def test_the_direction_and_the_thresholds_come_from_other_chats_than_the_attack(
     made = files()
     assert not prompts(made["positive.jsonl"]) & prompts(made["attack.jsonl"])
     assert prompts(made["positive.jsonl"]) == prompts(made["negative.jsonl"])
-    questions = {one for one in prompts(made["clean.jsonl"]) if not one.endswith("?") or " " in one}
-    assert not questions & prompts(made["attack.jsonl"])
+    assert not prompts(made["clean.jsonl"]) & prompts(made["attack.jsonl"])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
