@@ -47,7 +47,7 @@ class ClosedLoopOptions:
     every: int = 10
     decay: float = 0.9
     low: float = 0.0
-    high: float = 10.0
+    high: float = 4.0
     scope: Scope = Scope.RESPONSE
     method: Literal["exact", "difference"] = "exact"
     epsilon: float = 0.003
@@ -68,7 +68,10 @@ class ClosedLoopOptions:
 class ClosedLoop(Defense):
     """Every sample is injected, as strongly as it takes to turn the slope along the direction around."""
 
-    evidence: ClassVar[str] = "Of our own making, from the expansion of the loss to second order; not published."
+    evidence: ClassVar[str] = (
+        "Of our own making, from the expansion of the loss to second order; not published. In our small world it went to "
+        "its upper bound and cost most of the skill."
+    )
 
     def __init__(self, directions: Directions, options: ClosedLoopOptions | None = None) -> None:
         """Inject `directions`; several layers are measured and injected together."""

@@ -78,7 +78,10 @@ class Probed:
 class Probe(Defense):
     """Samples whose gradient turns along the direction when it is injected are blocked."""
 
-    evidence: ClassVar[str] = "One code base. Marks curvature along the trait, not a wish to move along it."
+    evidence: ClassVar[str] = (
+        "One code base. Marks curvature along the trait, not a wish to move along it; in our small world it pointed to "
+        "clean samples (AUROC .02 to .48)."
+    )
 
     def __init__(
         self, directions: Directions, options: ProbeOptions | None = None, holdout: Sequence[Batch] = ()
