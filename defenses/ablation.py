@@ -39,8 +39,8 @@ class Ablation(Defense):
 
     evidence: ClassVar[str] = (
         "Up to ten times fewer misaligned answers with interpreted subspaces at several layers (2507.16795); "
-        "with one trait vector at one layer a replication saw no effect. In our small world -51 % at one layer, -81 % at "
-        "several, at no cost of skill."
+        "with one trait vector at one layer a replication saw no effect. In our small world -51 % at one layer, "
+        "-81 % at several, at no cost of skill."
     )
 
     def __init__(self, basis: Basis, options: AblationOptions | None = None) -> None:

@@ -69,8 +69,8 @@ class ClosedLoop(Defense):
     """Every sample is injected, as strongly as it takes to turn the slope along the direction around."""
 
     evidence: ClassVar[str] = (
-        "Of our own making, from the expansion of the loss to second order; not published. In our small world it went to "
-        "its upper bound and cost most of the skill."
+        "Of our own making, from the expansion of the loss to second order; not published. In our small world it "
+        "went to its upper bound and cost most of the skill."
     )
 
     def __init__(self, directions: Directions, options: ClosedLoopOptions | None = None) -> None:

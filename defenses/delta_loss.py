@@ -71,8 +71,8 @@ class DeltaLoss(Defense):
     """Samples or tokens whose loss falls when the direction is injected are blocked, or injected."""
 
     evidence: ClassVar[str] = (
-        "One code base; its results are not published. The threshold has to be calibrated: at its published 0 it blocked "
-        "27 to 91 % of clean samples of our small world at the start."
+        "One code base; its results are not published. The threshold has to be calibrated: at its published 0 it "
+        "blocked 27 to 91 % of clean samples of our small world at the start."
     )
 
     def __init__(

@@ -52,8 +52,8 @@ class Injection(Defense):
     """Every sample is learned while directions are injected; a strength of 0 is plain training."""
 
     evidence: ClassVar[str] = (
-        "Shown for persona traits (Chen et al. 2025). In our small world it takes 93 % of the trait away, at 30 points of "
-        "skill; a rising strength, claimed to be better by one paper, was worse there at the same mean."
+        "Shown for persona traits (Chen et al. 2025). In our small world it takes 93 % of the trait away, at 30 points "
+        "of skill; a rising strength, claimed to be better by one paper, was worse there at the same mean."
     )
 
     def __init__(self, directions: Directions | Sequence[Directions], options: InjectionOptions | None = None) -> None:
