@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,7 +28,9 @@ from alignments.original import original_flags
 from alignments.record import RecordError
 from alignments.running import run
 from alignments.vector_problem import task_defaults
-from intervene.errors import InterveneError, asked_found_do
+from intervene.errors import InterveneError
+from records.command_line import asked_before
+from records.command_line import errors_told as told_errors
 from records.config_files import ConfigError
 from tasks import TASKS, TaskError
 from tasks.user import write_template
@@ -75,7 +77,7 @@ def main(
             tell(methods=list_methods, tasks=list_tasks, new_task=new_task)
             return
         if flags["resume"] and flags["out"] is not None and flags["task"] is None and config is None:
-            config = asked_before(flags["out"])
+            config = asked_before(flags["out"], " with --task")
         chosen = task_defaults(load_config(config, sets or (), flags))
         if print_config:
             say(describe(chosen))
@@ -103,29 +105,10 @@ main.__signature__ = signature()  # type: ignore[attr-defined]
 app.command(help=__doc__, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})(main)
 
 
-def asked_before(out: Path) -> Path:
-    """Return the configuration of the run in `out`, which knows what it was asked.
-
-    Raises:
-        ConfigError: no run is there.
-    """
-    if not (out / "config.json").exists():
-        found = "it holds no run (no config.json)."
-        raise ConfigError(asked_found_do(f"Resuming {out}", found, "Name a run's folder, or start one with --task."))
-    return out / "config.json"
-
-
-@contextmanager
-def errors_told() -> Iterator[None]:
-    """Print what a user can mend in one line and end with status 2; Ctrl-C ends with 130. Other errors are our bugs."""
-    try:
-        yield
-    except (ConfigError, RecordError, InterveneError, TaskError) as error:
-        console.print(f"[red]{type(error).__name__}[/red]: {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt:
-        console.print("Stopped. Finished rows are kept; the same command with --resume goes on.", highlight=False)
-        raise typer.Exit(130) from None
+def errors_told() -> AbstractContextManager[None]:
+    """Return a context in which what a user can mend is told in a line; see `records.command_line`."""
+    kinds = (ConfigError, RecordError, InterveneError, TaskError)
+    return told_errors(console, kinds, "Finished rows are kept; the same command with --resume goes on.")
 
 
 def tell(*, methods: bool, tasks: bool, new_task: Path | None) -> None:

@@ -12,8 +12,8 @@ A run leaves one folder. Ctrl-C and SIGTERM write a checkpoint first: start the 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import Field
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -28,7 +28,9 @@ from defenses.errors import DefenseError
 from defenses.methods import describe_methods
 from defenses.progress import console, say
 from defenses.running import run
-from intervene.errors import InterveneError, asked_found_do
+from intervene.errors import InterveneError
+from records.command_line import asked_before
+from records.command_line import errors_told as told_errors
 from records.config_files import ConfigError
 from records.files import RecordError
 from records.layered import default_of, describe, keys_of, load_layered
@@ -72,7 +74,7 @@ def command(name: str, kind: type, act: Callable[[Any], int], load: Callable[...
     ) -> None:
         with errors_told():
             if flags.get("resume") and config is None and flags.get("out") and not flags.get("train_data"):
-                config = asked_before(Path(flags["out"]))
+                config = asked_before(Path(flags["out"]), "")
             chosen = load(kind, config, sets or (), _given(flags))
             if print_config:
                 say(describe(chosen))
@@ -95,29 +97,10 @@ def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None and value != []}
 
 
-def asked_before(out: Path) -> Path:
-    """Return the configuration of the run in `out`, which knows what it was asked.
-
-    Raises:
-        ConfigError: no run is there.
-    """
-    if not (out / "config.json").exists():
-        found = "it holds no run (no config.json)."
-        raise ConfigError(asked_found_do(f"Resuming {out}", found, "Name a run's folder, or start one."))
-    return out / "config.json"
-
-
-@contextmanager
-def errors_told() -> Iterator[None]:
-    """Print what a user can mend in one line and end with status 2; Ctrl-C ends with 130. Other errors are our bugs."""
-    try:
-        yield
-    except (ConfigError, DefenseError, InterveneError, RecordError) as error:
-        console.print(f"[red]{type(error).__name__}[/red]: {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt:
-        console.print("Stopped. The same command with --resume goes on from the last checkpoint.", highlight=False)
-        raise typer.Exit(130) from None
+def errors_told() -> AbstractContextManager[None]:
+    """Return a context in which what a user can mend is told in a line; see `records.command_line`."""
+    kinds = (ConfigError, DefenseError, InterveneError, RecordError)
+    return told_errors(console, kinds, "The same command with --resume goes on from the last checkpoint.")
 
 
 @app.callback(invoke_without_command=True)
