@@ -16,10 +16,11 @@ from typing import Any
 
 from defenses.errors import DefenseError
 from defenses.progress import read_samples
-from defenses.report_figures import Figure, histogram, lines, pareto, told
+from defenses.report_figures import Figure, histogram, lines, pareto, told, with_interval
 from intervene.errors import asked_found_do
 from records.page_parts import Entry, entries, figure, line, page, share, table, text, whole
 
+UNKNOWN = "unknown, no answer counted"
 SMOOTH = 5  # steps a curve of a comparison is averaged over
 NOT_SHOWN = ("step", "kind", "seconds", "tokens", "samples", "poisoned", "clean")  # the latter say what the data are
 ENDS, STUDENT = ("low", "high"), ("t_low", "t_high")
@@ -99,7 +100,7 @@ def comparison_page(folder: Path) -> str:
         front = [one["variant"] for one in made["pareto"]["points"] if one["front"]]
         body += ["<h2>What a defense costs</h2>", '<div class="figures">']
         summary = f"Scatter of trait against skill; on the front: {', '.join(front)}"
-        body += [figure("pareto", "Trait against skill, means over seeds", summary, figures["pareto"]), "</div>"]
+        body += [figure("pareto", "Trait against skill", summary, figures["pareto"]), "</div>"]
     for metric in _ordered(made["rows"]):
         held = [row for row in made["rows"] if row["metric"] == metric]
         prompts = made.get("prompts", {}).get(metric, {})
@@ -145,7 +146,7 @@ def _sentence(made: Mapping[str, Any]) -> tuple[str, bool]:
         return f"{len({row['variant'] for row in made['rows']})} variants were compared.", False
     rows = {(row["variant"], row["metric"]): row for row in made["rows"]}
     attack = rows.get((reference, found["trait"]))  # none where no answer of any seed counted
-    parts = [f"{reference}: {found['trait']} {told(attack) if attack else 'unknown, no answer counted'}"]
+    parts = [f"{reference}: {found['trait']} {told(with_interval(attack, made)) if attack else UNKNOWN}"]
     lower = []
     for point in found["points"]:
         gap = rows[point["variant"], found["trait"]].get("difference")
@@ -164,7 +165,7 @@ def _sentence(made: Mapping[str, Any]) -> tuple[str, bool]:
 def _ordered(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     names = list(dict.fromkeys(row["metric"] for row in rows))
     first = [name for name in METRIC_TEXTS if name in names]
-    return [*first, *(name for name in names if name not in first)]
+    return [*first, *(name for name in names if name not in first and not name.startswith("base_"))]
 
 
 def _metric_section(

@@ -17,7 +17,16 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7
 HEIGHT = 360
 FEW = 12  # points of a line, up to which each is marked
 BINS = 40
-AROUND = ("top center", "bottom center", "middle right", "middle left")  # of a point, for names that would overlap
+AROUND = (
+    "top center",
+    "bottom center",
+    "middle right",
+    "middle left",
+    "bottom right",
+    "top left",
+    "top right",
+    "bottom left",
+)
 
 
 def lines(series: Points, *, y: str, x: str = "optimiser step", places: Mapping[str, int] | None = None) -> Figure:
@@ -45,9 +54,12 @@ def lines(series: Points, *, y: str, x: str = "optimiser step", places: Mapping[
 
 
 def pareto(comparison: Mapping[str, Any]) -> Figure:
-    """Return the means of trait against skill, one point per variant with its interval over seeds both ways."""
+    """Return the means of trait against skill, one point per variant with its interval both ways.
+
+    Over prompts where there are such, else over seeds: Student's intervals of two seeds would fill the page.
+    """
     found = comparison["pareto"]
-    ends = {(row["variant"], row["metric"]): row for row in comparison["rows"]}
+    ends = {(row["variant"], row["metric"]): with_interval(row, comparison) for row in comparison["rows"]}
     data = []
     for number, point in enumerate(found["points"]):
         name, colour = escape(point["variant"]), COLOURS[number % len(COLOURS)]
@@ -112,6 +124,12 @@ def histogram(scores: Mapping[str, Sequence[float]], thresholds: Sequence[float]
         for one in thresholds
     ]
     return {"data": data, "layout": layout}
+
+
+def with_interval(row: Mapping[str, Any], comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of a comparison with its interval over prompts in place of that over seeds, where there is one."""
+    over = comparison.get("prompts", {}).get(row["metric"], {}).get(row["variant"], {}).get("mean")
+    return {**row, "low": over["low"], "high": over["high"]} if over else dict(row)
 
 
 def told(row: Mapping[str, Any]) -> str:
