@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from defenses.backend import Backend
 from defenses.batch import Batch
 from defenses.derivatives import gradient_leaves, named
+from defenses.errors import BackendError
 from defenses.objectives import learned, n_tokens
 from defenses.plans import Directions, Scope, injection, scope_columns
 from defenses.protected import WRITERS
@@ -152,7 +153,7 @@ class Analyser:
             thin: Tensor = cast(Any, module).lora_A[adapter].weight
             if thin.dim() != 2:  # a shard that is empty between passes
                 asked, do = f"Displacement of {part} in layer {layer}", "Analyse on plain, DDP or FSDP2."
-                raise NotImplementedError(asked_found_do(asked, "its LoRA is cut over ranks.", do))
+                raise BackendError(asked_found_do(asked, "its LoRA is cut over ranks.", do))
             delta: Tensor = cast(Any, module).get_delta_weight(adapter)
             return _turned(delta.detach().float(), cast(Any, module).get_base_layer())
         if (layer, part) not in self._anchors:
