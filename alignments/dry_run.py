@@ -31,7 +31,8 @@ from alignments.vector_pairs import VectorPairs
 from alignments.vector_problem import VECTOR_TASKS, draw_vectors, network_for, vector_network, vector_pairs
 from intervene import AllTokens
 from intervene.marked import Marked
-from intervene.suffix import call_inputs, positions_of
+from intervene.prefix import positions_of
+from intervene.suffix import call_inputs
 
 _VECTORS = 1536  # vector pairs in a sample: every pattern of equalities equally often
 

@@ -231,9 +231,7 @@ class _Fit:
     def _losses(self, rows: Tensor) -> Tensor:
         """Return (R,): each plan's mean cross-entropy over `rows`; in a group, what this rank adds to it."""
         mine, weight = (rows, 1.0) if self.group is None else self.group.share(rows, len(self.plans))
-        logits = self.pairs.logits(self.joined, mine).float()
-        labels = self.pairs.labels[mine].to(logits.device)
-        each = nn.functional.cross_entropy(logits, labels, reduction="none")
+        each = self.pairs.losses(self.joined, mine, self.pairs.labels[mine])
         return weight * each.view(len(self.plans), -1).mean(1)
 
     def _penalty(self, losses: Tensor) -> Tensor:

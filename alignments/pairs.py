@@ -20,18 +20,9 @@ from intervene.errors import BadPosition, ShapeMismatch
 from intervene.families import locate, resolve
 from intervene.marked import Marked
 from intervene.parts import Rows
+from intervene.prefix import Prefix, positions_of, prefix_from, tensors_of
 from intervene.sites import Site
-from intervene.suffix import (
-    Prefix,
-    at_marks,
-    call_inputs,
-    first_block,
-    positions_of,
-    prefix_from,
-    prefix_of,
-    suffix_logits,
-    tensors_of,
-)
+from intervene.suffix import at_marks, call_inputs, first_block, prefix_of, suffix_logits
 from tasks.base import Pair
 
 Progress = Callable[[int, int], None]  # (batches done, batches in all)
@@ -58,6 +49,10 @@ class PairData(Protocol):
 
     def logits(self, plan: Plan, rows: Tensor) -> Tensor:
         """Return (b, V): the answer logits of pairs `rows` (b,) under `plan`, differentiable in the plan."""
+        ...
+
+    def losses(self, plan: Plan, rows: Tensor, labels: Tensor) -> Tensor:
+        """Return (b,): the cross-entropy in nats of these logits at `labels` (b,), differentiable in the plan."""
         ...
 
     def activations(self, site: Site, positions: Positions) -> tuple[Tensor, Tensor]:
@@ -202,20 +197,23 @@ class LanguagePairs:
     def _filled(self, draft: Draft, first: Prefix, size: int, progress: Progress | None) -> Held:
         """Run all bases but the `first` batch, and all sources, into `draft`."""
         starts = range(0, len(self), size)
-        exact, difference, noise = True, 0.0, 0.0
+        exact, difference, noise, fused = True, 0.0, 0.0, True
         for done, start in enumerate(starts):
             rows = slice(start, start + size)
             part = self._base(rows) if start else first
             for name, one in tensors_of(part).items():
                 draft.tensors[name][rows] = one
             exact, difference, noise = exact and part.exact, max(difference, part.difference), max(noise, part.noise)
+            fused = fused and part.fused
             _tell(progress, done + 1, 2 * len(starts))
         for done, start in enumerate(starts):
             rows = slice(start, start + size)
             for name, one in self._sources(rows).items():
                 draft.tensors[name][rows] = one
             _tell(progress, len(starts) + done + 1, 2 * len(starts))
-        return draft.finish({"tuples": first.tuples, "exact": exact, "difference": difference, "noise": noise})
+        return draft.finish(
+            {"tuples": first.tuples, "exact": exact, "difference": difference, "noise": noise, "fused": fused}
+        )
 
     def _base(self, rows: slice) -> Prefix:
         depth = locate(self.model).n_layers
@@ -256,9 +254,16 @@ class LanguagePairs:
         Raises:
             BadPosition: a source is asked for that was not kept.
         """
+        return self._passed(plan, rows, None)
+
+    def losses(self, plan: Plan, rows: Tensor, labels: Tensor) -> Tensor:
+        """Return (b,): the cross-entropy of `logits` at `labels` (b,), without writing them where that is faster."""
+        return self._passed(plan, rows, labels)
+
+    def _passed(self, plan: Plan, rows: Tensor, labels: Tensor | None) -> Tensor:
         sources = [self._source(item)[rows] if item.edit.needs_source else None for item in plan]
         done = interchanging(plan, None if self.changed is None else self.changed[rows])
-        return suffix_logits(self.model, done, sources, self.prefix.rows(rows))
+        return suffix_logits(self.model, done, sources, self.prefix.rows(rows), labels)
 
     def activations(self, site: Site, positions: Positions) -> tuple[Tensor, Tensor]:
         """Return the activations of bases and sources at a kept site and mark: (N, P, D) each.

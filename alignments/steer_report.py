@@ -24,7 +24,7 @@ from alignments.tokens import encode, first_token
 from intervene import At, LastToken, Positions, Span, intervene
 from intervene.errors import ShapeMismatch
 from intervene.marked import Marked
-from intervene.suffix import positions_of
+from intervene.prefix import positions_of
 from tasks.base import Pair, Task
 
 UNRELATED = (

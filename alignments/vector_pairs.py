@@ -66,6 +66,11 @@ class VectorPairs:
             output: Tensor = self.model(self.base[rows])
         return output
 
+    def losses(self, plan: Plan, rows: Tensor, labels: Tensor) -> Tensor:
+        """Return (b,): the cross-entropy in nats of these logits at `labels` (b,)."""
+        logits = self.logits(plan, rows).float()
+        return nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="none")
+
     def activations(self, site: Site, positions: Positions) -> tuple[Tensor, Tensor]:
         """Return the activations of bases, and of the first source that is not the base, at `site`: (N, P, D) each."""
         return self._activation(site, -1), self._changing(site)

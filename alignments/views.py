@@ -54,6 +54,10 @@ class PairView:
         """Return (b, V): the answer logits of the view's rows `rows` (b,) under `plan`."""
         return self.pairs.logits(plan, self.index.to(rows.device)[rows])
 
+    def losses(self, plan: Plan, rows: Tensor, labels: Tensor) -> Tensor:
+        """Return (b,): the cross-entropy in nats of these logits at `labels` (b,)."""
+        return self.pairs.losses(plan, self.index.to(rows.device)[rows], labels)
+
     def activations(self, site: Site, positions: Positions) -> tuple[Tensor, Tensor]:
         """Return the activations of bases and sources, (N', P, D) each."""
         base, source = self.pairs.activations(site, positions)

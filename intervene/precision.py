@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -43,8 +44,20 @@ def fast_products() -> Iterator[None]:
     if not _fast_here():
         yield
         return
-    with _FastLinears():
-        yield
+    token = _FAST.set(True)
+    try:
+        with _FastLinears():
+            yield
+    finally:
+        _FAST.reset(token)
+
+
+_FAST: ContextVar[bool] = ContextVar("fast_products", default=False)
+
+
+def multiplies_fast(h: Tensor) -> bool:
+    """Return whether products with `h` are to be made in bf16: inside `fast_products`, for fp32 on the CPU."""
+    return _FAST.get() and h.device.type == "cpu" and h.dtype == torch.float32
 
 
 @cache
@@ -55,7 +68,7 @@ def _fast_here() -> bool:
 _ROUNDED = WeakTensorKeyDictionary()  # frozen weight -> its version and its bf16 copy
 
 
-def _rounded(weight: Tensor) -> Tensor:
+def rounded(weight: Tensor) -> Tensor:
     """Return `weight` in bf16, made once for each of its values."""
     held: tuple[int, Tensor] | None = _ROUNDED[weight] if weight in _ROUNDED else None  # noqa: SIM401 (get is untyped)
     if held is None or held[0] != weight._version:
@@ -85,8 +98,8 @@ class _FastLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(_rounded(weight))
-        product = nn.functional.linear(x.bfloat16(), _rounded(weight)).float()
+        ctx.save_for_backward(rounded(weight))
+        product = nn.functional.linear(x.bfloat16(), rounded(weight)).float()
         return product if bias is None else product + bias
 
     @staticmethod

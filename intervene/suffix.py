@@ -11,125 +11,29 @@ an unedited suffix with the full pass, and refuses otherwise; the caller then ru
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from intervene.errors import BadVector, ShapeMismatch, UnsupportedModel
 from intervene.families import Located, locate, located_once, resolve
+from intervene.fused import fused
+from intervene.fused_loss import plain_head, unembedded_losses
 from intervene.hooks import watch_call
 from intervene.interventions import Plan
-from intervene.run import capture, intervene
+from intervene.prefix import Prefix, positions_of
+from intervene.run import capture, frozen, intervene
 from intervene.sites import Site
 
 TOLERANCE = 1e-4  # of the logits' own spread, in fp32: the two ways differ by rounding only
+SLOPE_TOLERANCE = 1e-3  # of the gradient's length, the same
 FEW, FEW_ROUNDED = 2, 8  # examples on which they are compared in fp32, and in lower precision, where one is not enough
-
-
-@dataclass(frozen=True, eq=False)
-class Prefix:
-    """Bases after their one full pass, left-padded, scored at the last column.
-
-    `inputs` (input_ids, attention_mask, position_ids: (B, S); marks), `streams` block -> its output (N, S, D),
-    `cache` per layer keys and values (N, G, S, d), `logits` (B, V) of the last column without any edit, `kept`
-    (site, name of a mark) -> activation there (N, P, D). `index` (B,) picks the examples out of streams and cache,
-    which are copied only where a pass needs them (of `logits` it picks nothing); None: all. They may lie on the CPU,
-    mapped from disk, while the model is elsewhere. `exact` is False if only full passes are right for this model;
-    `difference` is what was measured, and `noise`, below fp32, how far two full passes differ (see `_proved`).
-    """
-
-    inputs: dict[str, Any]
-    streams: dict[int, Tensor]
-    cache: tuple[tuple[Tensor, Tensor], ...]
-    logits: Tensor
-    tuples: bool
-    exact: bool = True
-    difference: float = 0.0
-    noise: float = 0.0
-    index: Tensor | None = None
-    kept: dict[tuple[Site, str], Tensor] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.inputs["input_ids"])
-
-    def rows(self, index: Tensor) -> Prefix:
-        """Return the prefix of some examples; `index` (b,) int64."""
-        chosen = index if self.index is None else self.index[index]
-        return replace(self, inputs=_rows(self.inputs, index), index=chosen)
-
-    def stream(self, layer: int, start: int) -> Tensor:
-        """Return the output of block `layer` (B, s, D) on the columns from `start`."""
-        return self._picked(self.streams[layer][:, start:])
-
-    def past(self, first: int, start: int) -> list[tuple[Tensor, Tensor]]:
-        """Return keys and values (B, G, start, d) per layer, before column `start`.
-
-        Layers below `first` are skipped in the pass that reads this: they get the right shape without a copy.
-        """
-        rows = len(self)
-        made = []
-        for layer, pair in enumerate(self.cache):
-            if layer < first:
-                keys, values = (part[:1, :, :start].expand(rows, -1, -1, -1) for part in pair)
-            else:
-                keys, values = (self._picked(part[:, :, :start]) for part in pair)
-            made.append((keys, values))
-        return made
-
-    def _picked(self, part: Tensor) -> Tensor:
-        """Return the examples of `part` (N, ...) that this prefix is of; only they are copied."""
-        return part if self.index is None else part[self.index.to(part.device)]
-
-
-def _rows(inputs: Mapping[str, Any], index: Tensor) -> dict[str, Any]:
-    made: dict[str, Any] = {}
-    for name, value in inputs.items():
-        made[name] = _rows(value, index) if isinstance(value, Mapping) else value[index.to(value.device)]
-    return made
-
-
-def tensors_of(prefix: Prefix) -> dict[str, Tensor]:
-    """Return all that a full pass has computed, by name, the examples first in each."""
-    made = {f"stream/{layer}": stream for layer, stream in prefix.streams.items()}
-    for layer, (keys, values) in enumerate(prefix.cache):
-        made |= {f"keys/{layer}": keys, f"values/{layer}": values}
-    return (
-        made | {"logits": prefix.logits} | {f"kept/{site}/{name}": acts for (site, name), acts in prefix.kept.items()}
-    )
-
-
-def prefix_from(
-    inputs: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    *,
-    tuples: bool,
-    exact: bool,
-    difference: float,
-    noise: float = 0.0,
-) -> Prefix:
-    """Return the prefix of `inputs` whose `tensors_of` these are; other names among `tensors` are passed over."""
-    streams, cache, kept = {}, [], {}
-    for name, tensor in tensors.items():
-        kind, _, rest = name.partition("/")
-        if kind == "stream":
-            streams[int(rest)] = tensor
-        elif kind == "keys":
-            cache.append((tensor, tensors[f"values/{rest}"]))
-        elif kind == "kept":
-            site, _, mark = rest.partition("/")
-            kept[Site.parse(site), mark] = tensor
-    full = {**inputs, "position_ids": positions_of(inputs["attention_mask"])}
-    return Prefix(full, streams, tuple(cache), tensors["logits"], tuples, exact, difference, noise, kept=kept)
-
-
-def positions_of(attention_mask: Tensor) -> Tensor:
-    """Return (B, S) position ids that count real tokens only, as `generate` derives them."""
-    return (attention_mask.long().cumsum(1) - 1).clamp_min(0)
 
 
 def accepts(model: nn.Module, name: str) -> bool:
@@ -230,7 +134,34 @@ def _proved(model: nn.Module, prefix: Prefix) -> Prefix:
     difference = max(measure(_run(model, few, layer, start), logits) for layer in layers)
     noise = _typical(_again(model, few), logits) if rounded else 0.0
     exact = difference <= (max(noise, torch.finfo(logits.dtype).eps) if rounded else TOLERANCE)
-    return replace(prefix, exact=exact, difference=difference, noise=noise)
+    agrees = exact and not rounded and _fused_agrees(model, few, start)
+    return replace(prefix, exact=exact, difference=difference, noise=noise, fused=agrees)
+
+
+_AGREED: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], bool]] = WeakKeyDictionary()
+
+
+def _fused_agrees(model: nn.Module, few: Prefix, start: int) -> bool:
+    """Return whether fused blocks give the losses and gradients of the model's own; asked once for its weights."""
+    state = tuple(one._version if not one.is_inference() else -1 for one in model.parameters())
+    if model not in _AGREED or _AGREED[model][0] != state:
+        _AGREED[model] = state, bool(few.streams) and not few.tuples and _compared(model, few, start)
+    return _AGREED[model][1]
+
+
+def _compared(model: nn.Module, few: Prefix, start: int) -> bool:
+    layer = min(few.streams)
+    kept = few.stream(layer, start)
+    found = []
+    with frozen(model), torch.enable_grad():
+        for fuse in (False, True):
+            stream = kept.clone().requires_grad_()
+            losses = _run(model, few, layer, start, _Way(stream, fuse, few.inputs["input_ids"][:, 0]))
+            (gradient,) = torch.autograd.grad(losses.sum(), stream)
+            found.append((losses.detach(), gradient))
+    (own, slope), (ours, ours_slope) = found
+    near = bool((ours - own).abs().max() <= TOLERANCE * own.abs().max().clamp_min(1.0))
+    return near and bool((ours_slope - slope).norm() <= SLOPE_TOLERANCE * slope.norm())
 
 
 def _again(model: nn.Module, few: Prefix) -> Tensor:
@@ -256,18 +187,24 @@ def _skipped(located: Located, count: int, stream: Tensor, tuples: bool) -> Iter
     def stored(*_args: object, **_kwargs: object) -> Any:
         return (stream,) if tuples else stream
 
-    blocks = located.layers[:count]
-    before = [block.__dict__.get("forward") for block in blocks]  # accelerate puts one there too
+    with _replaced(located.layers[:count], stored):
+        yield
+
+
+@contextmanager
+def _replaced(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Give each module another forward until the block ends."""
+    before = [module.__dict__.get("forward") for module in modules]  # accelerate puts one there too
     try:
-        for block in blocks:
-            block.forward = stored  # an instance attribute: the class and the module tree stay as they are
+        for module in modules:
+            module.forward = forward  # an instance attribute: the class and the module tree stay as they are
         yield
     finally:
-        for block, forward in zip(blocks, before, strict=True):
-            if forward is None:
-                block.__dict__.pop("forward", None)
+        for module, own in zip(modules, before, strict=True):
+            if own is None:
+                module.__dict__.pop("forward", None)
             else:
-                block.forward = forward
+                module.forward = own
 
 
 class KeptStream:
@@ -321,21 +258,61 @@ def _beside(block: nn.Module, tensor: Tensor) -> Tensor:
     return tensor if device.type == "meta" else tensor.to(device)
 
 
-def _run(model: nn.Module, prefix: Prefix, after: int, start: int) -> Tensor:
-    """Return (B, V) logits of the last column from the stream after block `after`, columns from `start`."""
-    from transformers import DynamicCache
+def _cache_of(pairs: Sequence[tuple[Tensor, Tensor]], start: int) -> Any:
+    """Return a transformers cache of the first `start` keys and values, as they are; its own constructor copies them.
 
+    Layers with more columns hold them in `room`, into which a fused block writes instead of joining two tensors.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    cache = DynamicCache()
+    for keys, values in pairs:
+        layer: Any = DynamicLayer()  # type: ignore[no-untyped-call]
+        layer.keys, layer.values, layer.is_initialized = keys[:, :, :start], values[:, :, :start], True
+        layer.room = (keys, values) if keys.shape[2] > start else None
+        layer.dtype, layer.device = keys.dtype, keys.device
+        cache.layers.append(layer)
+    return cache
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a pass is run: from `stream` instead of the kept one, with `fused` blocks, for `labels` (B,) their losses."""
+
+    stream: Tensor | None = None
+    fused: bool = False
+    labels: Tensor | None = None
+
+
+def _run(model: nn.Module, prefix: Prefix, after: int, start: int, way: _Way = _Way()) -> Tensor:
+    """Return (B, V) logits of the last column from the stream after block `after`, columns from `start`.
+
+    With labels: (B,) their cross-entropy there.
+    """
     located = locate(model)
     call = call_inputs(model, prefix.inputs, start)
     if start:
         past = zip(located.layers, prefix.past(after + 1, start), strict=True)
-        call["past_key_values"] = DynamicCache([(_beside(block, k), _beside(block, v)) for block, (k, v) in past])
+        call["past_key_values"] = _cache_of([(_beside(block, k), _beside(block, v)) for block, (k, v) in past], start)
+    head = plain_head(located.hf) if way.fused and way.labels is not None else None
     with ExitStack() as stack:
         if after >= 0:
-            stream = _beside(located.layers[after], prefix.stream(after, start))
+            stream = prefix.stream(after, start) if way.stream is None else way.stream
+            stream = _beside(located.layers[after], stream)
             stack.enter_context(_skipped(located, after + 1, stream, prefix.tuples))
-        logits: Tensor = located.hf(**call, use_cache=bool(start)).logits[:, -1]
-    return logits
+        if way.fused:
+            stack.enter_context(fused(located.layers[after + 1 :], last=True))
+        if head is not None:
+            stack.enter_context(_replaced([head], lambda hidden: hidden))
+        found: Tensor = located.hf(**call, use_cache=bool(start)).logits
+    found = found[:, 0] if found.shape[1] == 1 else found[:, -1]
+    if way.labels is None:
+        return found
+    labels = way.labels.to(found.device)
+    if head is not None:
+        return unembedded_losses(found, head.weight, labels)
+    return nn.functional.cross_entropy(found.float(), labels, reduction="none")
 
 
 def first_block(plan: Plan, n_layers: int) -> int:
@@ -351,8 +328,12 @@ def first_block(plan: Plan, n_layers: int) -> int:
 
 
 @located_once()
-def suffix_logits(model: nn.Module, plan: Plan, sources: Sequence[Tensor | None], prefix: Prefix) -> Tensor:
+def suffix_logits(
+    model: nn.Module, plan: Plan, sources: Sequence[Tensor | None], prefix: Prefix, labels: Tensor | None = None
+) -> Tensor:
     """Return (B, V): logits at the last column with `plan` applied, equal to the full pass, gradient to the plan.
+
+    With `labels` (B,) int64: the cross-entropy (B,) of these logits in nats, for which they need not be written.
 
     Only blocks above the lowest site and columns from the first edited one on are computed; a full pass is run where
     the prefix is not `exact` or does not hold the block that is needed.
@@ -369,8 +350,9 @@ def suffix_logits(model: nn.Module, plan: Plan, sources: Sequence[Tensor | None]
     after = first_block(plan, located.n_layers)
     usable = prefix.exact and (after == -1 or after in prefix.streams)
     start = _first_column(plan, prefix) if usable else 0
+    way = _Way(fused=prefix.fused and usable, labels=labels)
     with intervene(model, plan, sources, prompt=prefix.inputs):
-        return _run(model, prefix, after if usable else -1, start)
+        return _run(model, prefix, after if usable else -1, start, way)
 
 
 def _first_column(plan: Plan, prefix: Prefix) -> int:

@@ -10,7 +10,7 @@ from alignments.tokens import encode
 from intervene import BadPosition, Intervention, LastToken, Set, ShapeMismatch, Site, Subspace, Swap, interchange
 from intervene.content import Match
 from intervene.marked import Marked
-from intervene.suffix import positions_of
+from intervene.prefix import positions_of
 from tasks import Example, Pair
 from tests.alignments.planted import WORDS, toy_tokenizer
 from tests.tiny import tiny_model

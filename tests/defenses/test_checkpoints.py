@@ -102,10 +102,10 @@ def cut_short(monkeypatch, config, after: int) -> str:
     ("method", "flags"),
     [
         ("sft", {}),
-        ("sft", {"lora_rank": 2, "merge": True}),
-        ("injection", {"schedule": "rise", "alpha": 2}),
-        ("immune_projection", {"alpha": 2}),
-        ("delta_loss", {"fpr": 0.2, "holdout": 0.2}),
+        pytest.param("sft", {"lora_rank": 2, "merge": True}, marks=pytest.mark.slow),
+        pytest.param("injection", {"schedule": "rise", "alpha": 2}, marks=pytest.mark.slow),
+        pytest.param("immune_projection", {"alpha": 2}, marks=pytest.mark.slow),
+        pytest.param("delta_loss", {"fpr": 0.2, "holdout": 0.2}, marks=pytest.mark.slow),
         ("closed_loop", {}),
     ],
 )

@@ -90,6 +90,7 @@ def test_metrics_of_a_result_are_its_numbers():
     assert metrics_of(result) == {"trait_rate": 0.5, "loss": 2.0, "detector_auroc": 0.75}
 
 
+@pytest.mark.slow
 def test_a_grid_is_run_once_with_the_same_order_per_seed(world, tmp_path):
     lines: list[str] = []
     config = config_of(world, tmp_path / "grid", ["variants.none.method.name=injection", "variants.none.alpha=0"])

@@ -233,6 +233,7 @@ def test_scores_of_a_run_filter_the_next(world, tmp_path):
         quiet(config_of(world, tmp_path / "third", sets, **{**flags, "scores": str(tmp_path / "none.jsonl")}))
 
 
+@pytest.mark.slow
 def test_the_order_of_the_data_is_that_of_the_seed_whatever_the_method(world, tmp_path):
     losses = {}
     for name, more in (("sft", {}), ("injection", {"vectors": [str(world["vectors"])], "alpha": 0.0})):
@@ -243,6 +244,7 @@ def test_the_order_of_the_data_is_that_of_the_seed_whatever_the_method(world, tm
     assert losses["sft", 0] != pytest.approx(losses["sft", 1], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_packing_checkpointing_and_buckets_learn_the_same_first_step(world, tmp_path):
     first = {}
     for name, more in (("rows", {}), ("packed", {"packing": True}), ("memory", {"gradient_checkpointing": True})):

@@ -7,7 +7,8 @@ import torch
 
 from intervene import BadVector, Intervention, ShapeMismatch, Subspace, Swap, Zero, intervene
 from intervene.marked import Marked
-from intervene.suffix import call_inputs, first_block, positions_of, prefix_of, suffix_logits
+from intervene.prefix import positions_of
+from intervene.suffix import call_inputs, first_block, prefix_of, suffix_logits
 from tests.tiny import TINY, tiny_batch, tiny_model
 
 FAMILIES = sorted(TINY)
