@@ -43,7 +43,7 @@ class Parts:
     children: tuple[nn.Module | None, ...]
     tree: tuple[tuple[nn.Module, tuple[nn.Module | None, ...]], ...]  # every module below the block and its children
     rounded: dict[str, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
-    copies: dict[tuple[str, int], tuple[Tensor, int, Tensor]] = field(default_factory=dict)
+    copies: dict[tuple[str, int, torch.dtype], tuple[Tensor, int, Tensor]] = field(default_factory=dict)
 
     def unchanged(self, block: nn.Module) -> bool:
         """Return whether the block still consists of the same modules."""
@@ -81,9 +81,10 @@ class Parts:
             return ()
         made = []
         for number, one in enumerate(weights):
-            held = self.copies.get((name, number))
+            key = name, number, one.dtype  # fast and exact passes may take turns
+            held = self.copies.get(key)
             if held is None or held[0] is not one or held[1] != one._version:
-                held = self.copies[name, number] = one, one._version, one.detach().t().contiguous()
+                held = self.copies[key] = one, one._version, one.detach().t().contiguous()
             made.append(held[2])
         return tuple(made)
 
