@@ -3,7 +3,7 @@
 A frozen Llama-shaped block (RMS norm, rotary attention with separate projections, gated SiLU) of a Hugging Face model
 takes some two hundred small operations per training step, most of them reading and writing what the last one wrote. At
 few rows their dispatch, at many rows that traffic, costs more than the matrix products. Here a block is some forty,
-and no gradient of a weight is ever thought of. Attention is the model's own, mask, cache and all.
+and no gradient of a weight is ever thought of. The mask, the cache and the rotary tables are the model's own.
 
 Nothing is assumed about a family: `fusable` looks at a block's own parts, and `suffix` compares the result with the
 model's own full pass, logits and gradient, before it uses any of this (`Prefix.fused`). Blocks that a hook watches,
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from intervene.fused_attention import Attended, attended, attended_back
+from intervene.hooks import replaced
 from intervene.precision import multiplies_fast
 
 _BLOCK = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -169,17 +170,12 @@ def fused(blocks: Sequence[nn.Module], *, last: bool = False) -> Iterator[int]:
     With `last`, the last of `blocks` is the model's last, of which only the last column is wanted: its other columns
     are computed as far as that one reads them, and come out as they went in.
     """
-    done = []
-    try:
-        for number, block in enumerate(blocks):
-            parts = fusable(block)
-            if parts is not None:
-                block.forward = _Forward(block, parts, last and number == len(blocks) - 1)
-                done.append(block)
-        yield len(done)
-    finally:
-        for block in done:
-            block.__dict__.pop("forward", None)
+    found = [(number, block, fusable(block)) for number, block in enumerate(blocks)]
+    forwards = [
+        (block, _Forward(block, parts, last and number == len(blocks) - 1)) for number, block, parts in found if parts
+    ]
+    with replaced(forwards):
+        yield len(forwards)
 
 
 class _Forward:

@@ -1,4 +1,4 @@
-"""The only file that registers a hook.
+"""The only file that registers a hook, or puts another forward in a module's place.
 
 One real hook per module and side serves every block that watches it: callbacks run in the order the blocks were
 entered (so inner blocks see what outer ones wrote), before any hook of the user's or of transformers', and the real
@@ -7,8 +7,8 @@ hook goes when its last callback goes. Nobody else's hook is touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -170,3 +170,19 @@ def _experts_write(output: Tensor, before: Tensor, after: Tensor) -> Tensor:
     width = output.shape[-1]
     change = (after - before).reshape(*output.shape[:-1], -1, width)  # (..., n, D)
     return output + change.sum(-2)
+
+
+@contextmanager
+def replaced(forwards: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Give each module another forward until the block ends; its hooks run, its class and tree stay."""
+    before = [(module, module.__dict__.get("forward")) for module, _ in forwards]  # accelerate puts one there too
+    try:
+        for module, forward in forwards:
+            module.forward = forward  # an instance attribute
+        yield
+    finally:
+        for module, own in before:
+            if own is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = own

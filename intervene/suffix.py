@@ -11,7 +11,7 @@ an unedited suffix with the full pass, and refuses otherwise; the caller then ru
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -25,7 +25,7 @@ from intervene.errors import BadVector, ShapeMismatch, UnsupportedModel
 from intervene.families import Located, locate, located_once, resolve
 from intervene.fused import fused
 from intervene.fused_loss import plain_head, unembedded_losses
-from intervene.hooks import watch_call
+from intervene.hooks import replaced, watch_call
 from intervene.interventions import Plan
 from intervene.prefix import Prefix, positions_of
 from intervene.run import capture, frozen, intervene
@@ -138,30 +138,34 @@ def _proved(model: nn.Module, prefix: Prefix) -> Prefix:
     return replace(prefix, exact=exact, difference=difference, noise=noise, fused=agrees)
 
 
-_AGREED: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], bool]] = WeakKeyDictionary()
+_AGREED: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()
 
 
 def _fused_agrees(model: nn.Module, few: Prefix, start: int) -> bool:
-    """Return whether fused blocks give the losses and gradients of the model's own; asked once for its weights."""
-    state = tuple(one._version if not one.is_inference() else -1 for one in model.parameters())
+    """Return whether fused blocks give what the model's own do; asked once for its modules and weights as they are.
+
+    The losses are compared through all blocks, because any of them may be run later; the gradient, which has the same
+    arithmetic in every block, above the lowest one that is kept.
+    """
+    weights = tuple(-1 if one.is_inference() else one._version for one in model.parameters())
+    state = tuple(map(id, model.modules())), weights
     if model not in _AGREED or _AGREED[model][0] != state:
-        _AGREED[model] = state, bool(few.streams) and not few.tuples and _compared(model, few, start)
+        _AGREED[model] = state, not few.tuples and _compared(model, few, start)
     return _AGREED[model][1]
 
 
 def _compared(model: nn.Module, few: Prefix, start: int) -> bool:
-    layer = min(few.streams)
-    kept = few.stream(layer, start)
-    found = []
+    labels = few.inputs["input_ids"][:, 0]
+    own, ours = (_run(model, few, -1, start, _Way(fused=fuse, labels=labels)) for fuse in (False, True))
+    if not bool((ours - own).abs().max() <= TOLERANCE * own.abs().max().clamp_min(1.0)):
+        return False
+    layer, slopes = min(few.streams, default=-1), list[Tensor]()
     with frozen(model), torch.enable_grad():
-        for fuse in (False, True):
-            stream = kept.clone().requires_grad_()
-            losses = _run(model, few, layer, start, _Way(stream, fuse, few.inputs["input_ids"][:, 0]))
-            (gradient,) = torch.autograd.grad(losses.sum(), stream)
-            found.append((losses.detach(), gradient))
-    (own, slope), (ours, ours_slope) = found
-    near = bool((ours - own).abs().max() <= TOLERANCE * own.abs().max().clamp_min(1.0))
-    return near and bool((ours_slope - slope).norm() <= SLOPE_TOLERANCE * slope.norm())
+        for fuse in (False, True) if layer >= 0 else ():
+            stream = few.stream(layer, start).clone().requires_grad_()
+            losses = _run(model, few, layer, start, _Way(stream, fuse, labels))
+            slopes += torch.autograd.grad(losses.sum(), stream)
+    return not slopes or bool((slopes[1] - slopes[0]).norm() <= SLOPE_TOLERANCE * slopes[0].norm())
 
 
 def _again(model: nn.Module, few: Prefix) -> Tensor:
@@ -187,24 +191,8 @@ def _skipped(located: Located, count: int, stream: Tensor, tuples: bool) -> Iter
     def stored(*_args: object, **_kwargs: object) -> Any:
         return (stream,) if tuples else stream
 
-    with _replaced(located.layers[:count], stored):
+    with replaced([(block, stored) for block in located.layers[:count]]):
         yield
-
-
-@contextmanager
-def _replaced(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Give each module another forward until the block ends."""
-    before = [module.__dict__.get("forward") for module in modules]  # accelerate puts one there too
-    try:
-        for module in modules:
-            module.forward = forward  # an instance attribute: the class and the module tree stay as they are
-        yield
-    finally:
-        for module, own in zip(modules, before, strict=True):
-            if own is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = own
 
 
 class KeptStream:
@@ -304,7 +292,7 @@ def _run(model: nn.Module, prefix: Prefix, after: int, start: int, way: _Way = _
         if way.fused:
             stack.enter_context(fused(located.layers[after + 1 :], last=True))
         if head is not None:
-            stack.enter_context(_replaced([head], lambda hidden: hidden))
+            stack.enter_context(replaced([(head, lambda hidden: hidden)]))
         found: Tensor = located.hf(**call, use_cache=bool(start)).logits
     found = found[:, 0] if found.shape[1] == 1 else found[:, -1]
     if way.labels is None:

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from intervene import Intervention, Subspace, Swap, Zero, frozen, intervene
+from intervene import Intervention, Subspace, Swap, Zero, frozen, intervene, suffix
 from intervene.families import locate
 from intervene.fused import fusable, fused
 from intervene.fused_loss import plain_head, unembedded_losses
@@ -127,22 +127,41 @@ def test_a_model_that_only_looks_alike_is_not(name):
     assert prefix.exact and not prefix.fused
 
 
-def test_agreement_is_asked_again_when_weights_have_changed():
+class Twice(nn.SiLU):
+    """Looks like SiLU and is not."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+Twice.__name__ = "SiLU"
+
+
+@pytest.mark.parametrize("odd", [0, 2])
+@pytest.mark.parametrize("kept", [[1], [0, 1, 2]])
+def test_agreement_is_asked_of_every_block_and_again_when_a_module_has_changed(odd, kept):
     model = tiny_model("llama").eval()
     inputs = left_padded(model)
-    assert prefix_of(model, inputs, [0]).fused
+    assert prefix_of(model, inputs, kept).fused
+    locate(model).layers[odd].mlp.act_fn = Twice().eval()
+    with frozen(model):
+        assert fusable(locate(model).layers[odd]) is not None
+    prefix = prefix_of(model, inputs, kept)
+    assert prefix.exact and not prefix.fused
 
-    class Twice(nn.SiLU):
-        def forward(self, x):
-            return 2 * super().forward(x)
 
-    Twice.__name__ = "SiLU"
-    for block in locate(model).layers:
-        block.mlp.act_fn = Twice().eval()
+def test_agreement_is_asked_again_when_weights_have_changed(monkeypatch):
+    asked = []
+    compared = suffix._compared
+    monkeypatch.setattr(suffix, "_compared", lambda *given: asked.append(1) or compared(*given))
+    model = tiny_model("llama").eval()
+    inputs = left_padded(model)
+    for _ in range(2):
+        assert prefix_of(model, inputs, [0]).fused
+    assert len(asked) == 1
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(1.5)
-    prefix = prefix_of(model, inputs, [0])
-    assert prefix.exact and not prefix.fused
+    assert prefix_of(model, inputs, [1]).fused and len(asked) == 2
 
 
 @pytest.mark.parametrize("name", [*LIKE_LLAMA, "granite", "gpt2", "gemma2"])

@@ -71,7 +71,7 @@ def test_a_run_leaves_one_folder_with_everything(tmp_path):
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
     folder = tmp_path / "run"
-    arguments = [*EQUALITY, "--steps", "150", "--out", folder]
+    arguments = [*EQUALITY, "--steps", "500", "--out", folder]
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "run_das.py"), *map(str, arguments)],
         stdout=subprocess.DEVNULL,
@@ -90,7 +90,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert rows(folder)[: len(kept)] == kept
     whole = tmp_path / "whole"
-    das(*EQUALITY, "--steps", "150", "--out", whole)
+    das(*EQUALITY, "--steps", "500", "--out", whole)
     key = ("site", "method", "seed", "split", "iia")
     assert [[row[k] for k in key] for row in rows(folder)] == [[row[k] for k in key] for row in rows(whole)]
 
