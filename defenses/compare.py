@@ -15,7 +15,8 @@ from typing import Any
 
 from defenses.checkpoints import Checkpoints
 from defenses.config import FREE_KEYS, CompareDefenses, TrainDefense, variant
-from defenses.errors import DefenseError, TrainingError
+from defenses.errors import DefenseError
+from defenses.grid import at_once, one_by_one
 from defenses.launch import detect
 from defenses.methods import entry_of
 from defenses.progress import say
@@ -47,30 +48,32 @@ def compare(config: CompareDefenses, *, told: Say = say) -> int:
     """
     cells = cells_of(config)
     assert config.out is not None
+    if config.workers > 1 and detect().world > 1:
+        found = f"this is {detect()}, and ranks train one cell together."
+        raise ConfigError(asked_found_do(f"workers {config.workers}", found, "Leave it out, or start one process."))
     require_same(config)
     if config.dry_run:
         for name, cell in cells:
             told(f"--- {name}, seed {cell.seed}")
             run(replace(cell, dry_run=True, resume=False), told=told)
         return 0
-    table: dict[str, dict[int, dict[str, float]]] = {}
+    table: dict[str, dict[int, dict[str, float]]] = {name: {} for name, _ in cells}
     before: dict[str, float] = {}
     failed: list[dict[str, Any]] = []
-    for number, (name, cell) in enumerate(cells, start=1):
-        told(f"--- {number}/{len(cells)}: {name}, seed {cell.seed}")
-        try:
-            outcome = run(cell, told=told)
-        except TrainingError as error:  # of this method and rate; the others may be sound
-            told(f"FAILED: {error}")
-            failed.append({"variant": name, "seed": cell.seed, "reason": str(error)})
+    for done in one_by_one(cells, told) if config.workers == 1 else at_once(cells, config.workers, told):
+        name, cell, outcome = done.name, done.cell, done.outcome
+        if done.reason:
+            told(f"FAILED: {done.reason}")
+            failed.append({"variant": name, "seed": cell.seed, "reason": done.reason})
             continue
         if outcome.stopped:
             told(f"{outcome.stopped}: stopped. The same command goes on with {name}, seed {cell.seed}.")
             return outcome.exit_code
         assert cell.out is not None
         Checkpoints(cell.out / "checkpoints", {}).clear()
-        table.setdefault(name, {})[cell.seed] = metrics_of(outcome.result or {})
+        table[name][cell.seed] = metrics_of(outcome.result or {})
         before = before or (outcome.result or {}).get("before", {})
+    table = {name: dict(sorted(seeds.items())) for name, seeds in table.items() if seeds}
     return conclude(config, table, failed, before, told) if detect().rank == 0 else 0
 
 

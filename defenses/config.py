@@ -46,6 +46,7 @@ FREE_KEYS = frozenset(
         "resume",
         "dry_run",
         "threads",
+        "workers",
         "trackers",
         "save_every",
         "keep",
@@ -130,6 +131,7 @@ class TrainDefense:
         0, "optimiser steps between looks along the vectors: activations, gradients, weights; 0: none"
     )
     answer_tokens: Count = told(64, "length of an answer at evaluation")
+    answer_batch: Count = told(8, "prompts that are answered at once at evaluation")
     out: Path | None = told(None, "folder of this run; derived: runs/defense-<method>-seed<seed>")
     resume: bool = told(False, "go on from the newest checkpoint of the folder")
     dry_run: bool = told(False, "load, check, estimate, and train nothing")
@@ -161,6 +163,7 @@ class CompareDefenses(TrainDefense):
 
     methods: Names = told(("sft",), "names of --list_methods; sft, the reference, is added if it is missing")
     seeds: Seeds = told((0,), "0,1,2 or 0-4: one run per method and seed")
+    workers: Count = told(1, "cells that are carried out at once, each in a process of its own")
     reference: Text = told("sft", "the variant that differences are taken to")
     trait: Text | None = told(None, "metric of the results that should be low; derived: the suite's, else none")
     skill: Text | None = told(None, "metric of the results that should be high; derived: the suite's, else none")

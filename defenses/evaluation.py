@@ -133,7 +133,8 @@ def examine(
             for question, answer, one in zip(questions_of(i.prompt for i in suite.skill), given, right, strict=True)
         ]
     if suite.neutral:
-        limits = {"batch_size": how.batch_size, "max_length": how.max_length, "seed": how.seed}
+        texts = min(how.batch_size, 8)  # of a text every column has logits, of an answer one
+        limits = {"batch_size": texts, "max_length": how.max_length, "seed": how.seed}
         metrics |= on_texts(model, tokenizer, suite.neutral, base=base, **limits)
     if suite.benign:
         verdicts = _judged("benign", refusals(), suite.benign, said(suite.benign), how, rows)

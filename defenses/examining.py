@@ -132,6 +132,10 @@ def examined(config: TrainDefense, backend: Backend, tokenizer: Any, *, with_bas
 
         base = load_model(config.model, device=backend.device)[0]
     devices = [backend.device] if backend.device.type == "cuda" else []
-    how = Settings(max_new_tokens=config.answer_tokens, chat_template=config.data.get("chat_template"))
+    how = Settings(
+        max_new_tokens=config.answer_tokens,
+        batch_size=config.answer_batch,
+        chat_template=config.data.get("chat_template"),
+    )
     with torch.random.fork_rng(devices=devices), evaluating(backend.model), torch.no_grad():
         return examine(backend.model, tokenizer, suite, base=base, settings=how)

@@ -36,7 +36,7 @@ def config_of(world, suite, **more):
 def test_prompts_are_written_with_the_template_of_the_data(world, tmp_path, monkeypatch):
     suite = tmp_path / "suite.yaml"
     suite.write_text("skill:\n- {prompt: red, answer: blue}\n")
-    config = config_of(world, suite, data={"chat_template": "plain"}, answer_tokens=2)
+    config = config_of(world, suite, data={"chat_template": "plain"}, answer_tokens=2, answer_batch=3)
     model, tokenizer = load_model(str(world["model"]))
     seen = []
     real = examining.examine
@@ -47,7 +47,7 @@ def test_prompts_are_written_with_the_template_of_the_data(world, tmp_path, monk
 
     monkeypatch.setattr(examining, "examine", watched)
     assert examined(config, PlainBackend(model), tokenizer) is not None
-    assert seen[0].chat_template == "plain" and seen[0].max_new_tokens == 2
+    assert seen[0].chat_template == "plain" and (seen[0].max_new_tokens, seen[0].batch_size) == (2, 3)
 
 
 def test_trait_prompts_without_a_judge_are_refused_with_what_to_write(world, tmp_path):
