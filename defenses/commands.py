@@ -131,7 +131,7 @@ def check(config: TrainDefense) -> int:
 
 def extract_vectors(config: ExtractVectors) -> int:
     """Extract, print how good each layer's direction is, and write the file."""
-    from defenses.vectors import extract, placebo
+    from defenses.vectors import extract, nearness, placebo
     from intervene.models import load_model
 
     if config.out.exists() and not config.overwrite:
@@ -150,6 +150,8 @@ def extract_vectors(config: ExtractVectors) -> int:
     made: Directions = found.directions
     if config.placebo != "none":
         made = placebo(found, config.placebo, seed=config.seed)
+        for line in nearness(made):
+            say(line)
     write_vectors(config.out, made, overwrite=config.overwrite)
     say(f"{config.out} written. Train with it: --method injection --vectors {config.out} --layers {found.best}")
     return 0

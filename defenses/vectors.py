@@ -215,6 +215,29 @@ def placebo(extraction: Extraction, kind: Placebo, seed: int = 0) -> Directions:
     return replace(real, vectors=vectors, facts=facts)
 
 
+NEAR = 0.5  # |cosine| to the direction above which a control pushes along it
+
+
+def nearness(control: Directions) -> list[str]:
+    """Return lines that say how near a `placebo` comes to what it replaces, with a warning where it is no control.
+
+    Shuffled labels are the case to watch: where a model's answers vary along one direction only, the chance difference
+    of two random halves lies along it too, and is the direction itself once it has been brought to the same norm.
+    """
+    kind, cosine, before = (control.facts[name] for name in ("placebo", "cosine", "norms_before"))
+    lines = []
+    for layer, vector in control.vectors.items():
+        length = f", {before[str(layer)] / float(vector.norm()):.0%} as long by itself" if kind == "shuffled" else ""
+        lines.append(f"layer {layer:>3}: {kind} control, cosine {cosine[str(layer)]:+.2f} to the direction{length}")
+    if near := [layer for layer in control.layers if abs(cosine[str(layer)]) > NEAR]:
+        where = ", ".join(map(str, near))
+        found = (
+            "this control lies along the direction it replaces; at the same norm it acts as that does, or against it"
+        )
+        lines.append(f"warning: layer {where}: {found}. Use --placebo orthogonal or random.")
+    return lines
+
+
 def _blocks(model: nn.Module) -> int:
     config: Any = model.config
     return int(config.get_text_config().num_hidden_layers)

@@ -12,7 +12,7 @@ from defenses.contrasts import contrast_from_prompts
 from defenses.errors import VectorError
 from defenses.plans import Directions
 from defenses.pooling import pooled
-from defenses.vectors import FIT, TEST, VALIDATION, extract, judge, placebo
+from defenses.vectors import FIT, TEST, VALIDATION, extract, judge, nearness, placebo
 from intervene import fingerprint
 from tests.defenses.words import word_tokenizer
 from tests.tiny import TINY
@@ -182,6 +182,23 @@ def test_a_shuffled_placebo_is_shorter_before_it_is_lengthened_and_lies_in_the_s
     other = placebo(found, "shuffled").at(1).double()
     residual = torch.linalg.lstsq((data - data.mean(0)).T, other[:, None], driver="gelsd").solution
     torch.testing.assert_close((data - data.mean(0)).T @ residual[:, 0], other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_control_that_lies_along_the_direction_is_told(planted):
+    found, *_ = planted
+    warned = set()
+    for seed in range(30):
+        control = placebo(found, "shuffled", seed)
+        near = [
+            layer for layer in control.layers
+            if abs(torch.cosine_similarity(control.at(layer), found.directions.at(layer), dim=0)) > 0.5
+        ]  # fmt: skip
+        *each, last = nearness(control)
+        assert last.startswith("warning: layer " + ", ".join(map(str, near)) + ":") == bool(near), last
+        assert all("shuffled control, cosine" in line and "% as long by itself" in line for line in each)
+        warned.add(bool(near))
+    assert warned == {True, False}
+    assert all("warning" not in line for line in nearness(placebo(found, "orthogonal")))
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
