@@ -35,11 +35,12 @@ from alignments.rows import Row
 from alignments.scoring import Cell, Scorer
 from alignments.search import Executor, Search, cells_of
 from alignments.steer import held_features
-from alignments.trackers import Trackers, require_trackers, trackers_for
+from alignments.trackers import Mirror, mirror_for
 from intervene import Plan
 from intervene.errors import InterveneError, asked_found_do
 from intervene.store import save_plan
 from records.config_files import ConfigError
+from records.trackers import require_trackers
 from tasks import TaskError
 
 OWN_FILES = ("config.json", "environment.json", "metrics.jsonl", "result.json")  # of a run without rows
@@ -131,8 +132,8 @@ def search_recorded(config: RunDas, record: RunRecord, make_executor: MakeExecut
         sentence = "The task accuracy alone was asked for (do_align: false)."
         record.finish({"do_align": False, "sentence": sentence, "task_accuracy": accuracy_of(problem)})
         return
-    with trackers_for(config, say=say) as trackers:
-        told, failed = search(problem, record, make_executor, trackers)
+    with mirror_for(config, say=say) as mirror:
+        told, failed = search(problem, record, make_executor, mirror)
         finish(problem, record, told, failed)
 
 
@@ -168,9 +169,7 @@ def prepare(config: RunDas) -> Problem:
     return problem
 
 
-def search(
-    problem: Problem, record: RunRecord, make: MakeExecutor, trackers: Trackers
-) -> tuple[dict[str, Any], Failed]:
+def search(problem: Problem, record: RunRecord, make: MakeExecutor, mirror: Mirror) -> tuple[dict[str, Any], Failed]:
     """Run the cells that `record` does not hold yet, appending each row.
 
     Return what the planner says of itself, and the cells that could not be scored.
@@ -197,7 +196,7 @@ def search(
         tell = progress_of(searched, report, halving=planned is not None)
         for row in searched.run() if planned is None else planned.run():
             record.append(row)
-            trackers.row(row)
+            mirror.row(row)
             tell(row)
         searched.require_scored()
     for cell, why in searched.failed.items():
@@ -205,7 +204,7 @@ def search(
     if searched.failed:
         count = len(searched.failed)
         say(f"{count} cell{'' if count == 1 else 's'} could not be scored and {'is' if count == 1 else 'are'} left out")
-    keep_best(problem, searched, record, trackers)
+    keep_best(problem, searched, record, mirror)
     return {} if planned is None else planned.summary(), searched.failed
 
 
@@ -225,14 +224,14 @@ def progress_of(searched: Search, report: Any, *, halving: bool) -> Callable[[Ro
     return tell
 
 
-def keep_best(problem: Problem, searched: Search, record: RunRecord, trackers: Trackers) -> None:
+def keep_best(problem: Problem, searched: Search, record: RunRecord, mirror: Mirror) -> None:
     """Save the learned interchange that is best on select: its plan, fit, bundle, and its answers to test pairs."""
     cell = searched.best_kept()
     if cell is None:
         return
     plan = searched.plan(cell, problem.config.seeds[0])
     save_plan(plan, record.path("plan"), model=problem.model, overwrite=problem.config.resume)
-    write_fits(searched.scorer, cell, record.path("fit.jsonl"), trackers)
+    write_fits(searched.scorer, cell, record.path("fit.jsonl"), mirror)
     write_examples(problem, plan, record.path("examples.jsonl"))
     write_bundle(problem, plan, rows_of(searched, cell), record.path("bundle"))
 
@@ -243,7 +242,7 @@ def rows_of(searched: Search, cell: Cell) -> list[Row]:
     return [row for row in searched.rows if (row.site, row.positions, row.method, row.rank) == key]
 
 
-def write_fits(scorer: Scorer, cell: Cell, path: Path, trackers: Trackers) -> None:
+def write_fits(scorer: Scorer, cell: Cell, path: Path, mirror: Mirror) -> None:
     """Write the losses and validations of those fits of `cell` that this process made, one line per step."""
     with path.open("w", encoding="utf-8") as stream:
         for (one, seed, _), fit in scorer.fits.items():
@@ -254,7 +253,7 @@ def write_fits(scorer: Scorer, cell: Cell, path: Path, trackers: Trackers) -> No
             lines += [{"step": step, "select_iia": iia} for step, iia in fit.validation]
             for line in lines:
                 stream.write(json.dumps({**named, "seed": seed, **line}) + "\n")
-            trackers.losses(f"{cell.method} {cell.site} @ {cell.positions}, seed {seed}", fit.losses)
+            mirror.losses(f"{cell.method} {cell.site} @ {cell.positions}, seed {seed}", fit.losses)
 
 
 def write_bundle(problem: Problem, plan: Plan, rows: list[Row], folder: Path) -> None:

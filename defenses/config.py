@@ -48,6 +48,7 @@ FREE_KEYS = frozenset(
         "threads",
         "workers",
         "trackers",
+        "wandb_entity",
         "save_every",
         "keep",
         "log_every",
@@ -137,7 +138,8 @@ class TrainDefense:
     dry_run: bool = told(False, "load, check, estimate, and train nothing")
     device: Text | None = told(None, "cpu, cuda or cuda:N; derived: cuda where there is one")
     threads: Count | None = told(None, "CPU threads; derived: torch's own choice")
-    trackers: Trackers = told((), "tensorboard, which mirrors the rows; the folder stays the record; none")
+    trackers: Trackers = told((), "tensorboard, wandb, which mirror the rows; the folder stays the record; none")
+    wandb_entity: Text | None = told(None, "whose project it is, for wandb; derived: the user's own", flag=False)
     summary: str = told("", "a note that is kept with the run")
     sources: Mapping[str, str] = sources_field()
 

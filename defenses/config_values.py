@@ -73,7 +73,7 @@ Layers: TypeAlias = Annotated[
 Seeds: TypeAlias = Annotated[
     Annotated[tuple[Whole, ...], Field(min_length=1)], BeforeValidator(numbers), AfterValidator(_distinct)
 ]
-Tracker: TypeAlias = Literal["tensorboard"]
+Tracker: TypeAlias = Literal["tensorboard", "wandb"]
 Trackers: TypeAlias = Annotated[tuple[Tracker, ...], BeforeValidator(_names), AfterValidator(_distinct)]
 BackendName: TypeAlias = Literal["auto", "plain", "ddp", "fsdp", "fsdp2", "zero0", "zero1", "zero2", "zero3"]
 Options: TypeAlias = dict[str, Any]

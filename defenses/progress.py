@@ -14,8 +14,11 @@ from typing import Any, ClassVar
 from rich.console import Console
 
 from defenses.config import FREE_KEYS
+from defenses.defense import Defense
+from defenses.thresholds import Threshold
 from records.files import RecordError
 from records.folder import RunFolder
+from records.trackers import Trackers
 
 LINE_SECONDS = 5.0
 console = Console(width=None, soft_wrap=True)
@@ -57,7 +60,7 @@ class Journal:
     """Rows of one rank. `record` is None on ranks other than 0, which keep only their samples.
 
     Args:
-        total: steps of the training. samples: the file of rows per sample, None: none are kept. trackers: names.
+        total: steps of the training. samples: the file of rows per sample, None: none are kept.
     """
 
     def __init__(
@@ -66,18 +69,14 @@ class Journal:
         total: int,
         *,
         samples: Path | None = None,
-        trackers: Sequence[str] = (),
+        trackers: Trackers | None = None,
         say: Callable[[str], None] = say,
     ) -> None:
         self.record, self.total, self.samples_path, self.say = record, total, samples, say
         self.waiting: list[Row] = []  # rows that found no room
-        self.board: Any = None
+        self.trackers = trackers
         self._told_at, self._started, self._warned = -1e9, time.monotonic(), False
         self._first: int | None = None
-        if record is not None and "tensorboard" in trackers:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(record.path("tensorboard")))
 
     def rewind(self, rows: int, step: int) -> None:
         """Forget what came after a checkpoint: all but the first `rows`, and samples of `step` and later."""
@@ -103,12 +102,12 @@ class Journal:
         """Keep a row, mirror it, and say it if nothing was said for a while."""
         self.waiting.append(row)
         self._write()
-        if self.board is not None:
-            kind = row.get("kind", "train")
-            for name, value in row.items():
-                if isinstance(value, int | float) and name != "step" and _finite(value) is not None:
-                    self.board.add_scalar(f"{kind}/{name}", value, row["step"])
         step = int(row["step"])
+        if self.trackers is not None:
+            kind = row.get("kind", "train")
+            numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
+            finite = {f"{kind}/{name}": value for name, value in numbers.items() if _finite(value) is not None}
+            self.trackers.log(finite, step)
         self._first = step if self._first is None else self._first
         if time.monotonic() - self._told_at > LINE_SECONDS or step == self.total or row.get("kind"):
             self._told_at = time.monotonic()
@@ -135,13 +134,28 @@ class Journal:
         except OSError as error:
             self._warn(error)
 
+    def watching(self, defense: Defense) -> Callable[[int, Sequence[Mapping[str, Any]]], None]:
+        """Return what keeps a step's samples, and as rows the calibrations that `defense` has made from now on."""
+        threshold = getattr(defense, "threshold", None)
+        history = threshold.history if isinstance(threshold, Threshold) else []
+        seen = len(history)  # the last one before a resumption is in the rows already
+
+        def kept(step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+            nonlocal seen
+            self.samples(step, rows)
+            for made in history[seen:]:
+                self.row({"kind": "calibration", **made.row()})
+            seen = len(history)
+
+        return kept
+
     def close(self) -> None:
-        """Write what waits, and end the tracker."""
+        """Write what waits, and end the trackers."""
         self._write()
         if self.waiting:
             self.say(f"WARNING: {len(self.waiting)} rows of metrics.jsonl found no room on the disk and are lost.")
-        if self.board is not None:
-            self.board.close()
+        if self.trackers is not None:
+            self.trackers.close()
 
     def _write(self) -> None:
         try:

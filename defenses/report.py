@@ -81,7 +81,7 @@ def run_page(folder: Path) -> str:
     body += [
         _evaluations_on_the_way([*rows, *_last_evaluation(result)], figures),
         _looks(folder, figures),
-        _detection(folder, figures),
+        _detection(folder, [row for row in rows if row.get("kind") == "calibration"], figures),
         _ranks(folder, figures),
     ]
     body += [_answers(folder), _facts(folder, config)]
@@ -270,15 +270,15 @@ def _looks(folder: Path, figures: dict[str, Figure]) -> str:
     return f'<h2>Along the direction</h2><p class="soft">{note}</p><div class="figures">{"".join(made)}</div>'
 
 
-def _detection(folder: Path, figures: dict[str, Figure]) -> str:
-    """Return what the detector said: its scores by kind of sample, and how well they tell the kinds apart."""
+def _detection(folder: Path, calibrations: Sequence[Mapping[str, Any]], figures: dict[str, Figure]) -> str:
+    """Return what the detector said: scores by kind of sample, how well they tell the kinds apart, thresholds."""
     rows = [row for row in read_samples(folder) if row.get("score") is not None]
     if not rows:
         return ""
     kinds = {"poisoned": True, "clean": False, "unknown": None}
     scores = {name: [row["score"] for row in rows if row.get("poison") is kind] for name, kind in kinds.items()}
     scores = {name: values for name, values in scores.items() if values}
-    figures["scores"] = histogram(scores)
+    figures["scores"] = histogram(scores, [row["threshold"] for row in calibrations])
     found = read(folder / "result.json").get("detection", {})
     drawn = figure("scores", "Scores by kind of sample", ", ".join(scores), figures["scores"])
     shown = []
@@ -289,7 +289,22 @@ def _detection(folder: Path, figures: dict[str, Figure]) -> str:
                 line([text(name, "name"), share(held["value"]), _interval(held, "low", "high"), whole(held["n"])])
             )
     made = table(["Measure", "#Value", "#95 %", "#n"], shown) if shown else ""
-    return f'<h2>Detector</h2><div class="figures">{drawn}</div>{made}'
+    return f'<h2>Detector</h2><div class="figures">{drawn}</div>{made}{_calibrated(calibrations)}'
+
+
+def _calibrated(calibrations: Sequence[Mapping[str, Any]]) -> str:
+    """Return a table of the thresholds that were calibrated, and of what drift had made of each before the next."""
+    if not calibrations:
+        return ""
+    shown = []
+    for row in calibrations:
+        value: list[Entry] = [whole(row["step"]), (f"{row['threshold']:.4g}", row["threshold"], "number")]
+        value += [whole(row["n"]), share(row["realised"]), _interval(row, "realised_low", "realised_high")]
+        value += [share(row["stale"]), _interval(row, "stale_low", "stale_high")]
+        shown.append(line(value))
+    heads = ["#After step", "#Threshold", "#Clean scores", "#Above it", "#95 %", "#Above the one before", "#95 %"]
+    note = "Shares of clean held-out samples. The last says what drift had made of the rate that was asked for."
+    return f'<h3>Thresholds</h3><p class="soft">{note}</p>{table(heads, shown)}'
 
 
 def _ranks(folder: Path, figures: dict[str, Figure]) -> str:

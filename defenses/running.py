@@ -36,6 +36,7 @@ from defenses.statistics import at_threshold
 from intervene.errors import InterveneError, asked_found_do
 from records.config_files import ConfigError
 from records.layered import describe
+from records.trackers import Place, Trackers, makers, require_trackers
 
 OWN_FILES = ("config.json", "environment.json", "metrics.jsonl")  # of a run that was refused before its first row
 SIGNALS = {"SIGTERM": 143, "SIGINT": 130}
@@ -68,6 +69,7 @@ def run(config: TrainDefense, *, told: Say = say) -> Outcome:
     cuda = _wants_cuda(config.device)
     tell: Say = told if ranks.rank == 0 else _silent
     require_possible(config, ranks, cuda=cuda)
+    require_trackers(config.trackers)
     require_suite(config)
     require_looking(config, len(config.vectors) and 1)
     if config.dry_run:
@@ -125,9 +127,10 @@ def trained(prepared: Prepared, backend: Backend, record: TrainingFolder | None,
     config, defense = prepared.config, prepared.defense
     assert config.out is not None
     name = "samples.jsonl" if backend.rank == 0 else f"samples-rank{backend.rank}.jsonl"
+    place = Place(config.out, "defense-training", config.to_json(), config.wandb_entity)
     journal = Journal(
         record, prepared.training.steps, samples=config.out / name if config.samples else None,
-        trackers=config.trackers, say=tell,
+        trackers=None if record is None else Trackers(makers(config.trackers, place), tell), say=tell,
     )  # fmt: skip
     checkpoints = Checkpoints(config.out / "checkpoints", identity_of(prepared), config.keep, tell)
     torch.manual_seed(config.seed + 1000 * backend.rank)  # of dropout: another on each rank
@@ -143,7 +146,7 @@ def trained(prepared: Prepared, backend: Backend, record: TrainingFolder | None,
     def save(step: int) -> None:
         checkpoints.save(backend, defense, step, rows=journal.rows)
 
-    watch = Watch(row=journal.row, samples=journal.samples, save=save, stop=stop)
+    watch = Watch(row=journal.row, samples=journal.watching(defense), save=save, stop=stop)
     if looks:
         watch.evaluate = lambda step: [look(step) for look in looks]
     if config.evaluate and config.evaluate_before and not start:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -211,6 +212,29 @@ def test_a_detector_with_a_false_positive_rate_is_calibrated_and_judged(world, t
     assert found["samples"] == 32 and found["scores"] == 64 and 0 <= found["auroc"]["value"] <= 1
     held = {json.loads(line)["index"] for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()}
     assert len(held) == 32 and all(one in held for one in range(0, 40, 4))  # poisoned ones stay
+
+
+def test_every_calibration_is_a_row_and_a_line_of_the_report_also_after_a_resumption(world, tmp_path):
+    flags = {
+        "method": {"name": "delta_loss", "threshold": {"kind": "quantile", "rate": 0.2, "every": 3}}, "steps": 8,
+        "vectors": [str(world["vectors"])], "holdout": 0.3, "save_every": 5, "save_weights": False,
+    }  # fmt: skip
+    quiet(config_of(world, tmp_path / "run", **flags, report=True))
+    made = [row for row in rows_of(tmp_path / "run") if row.get("kind") == "calibration"]
+    assert [row["step"] for row in made] == [0, 3, 6]
+    assert made[0]["stale"] is None and all(0 <= row["stale"] <= 1 for row in made[1:])
+    n = made[0]["n"]  # the (n + 1) (1 - rate)-th smallest of n, so that so many lie above it
+    assert all(row["realised"] == pytest.approx((n - math.ceil((n + 1) * 0.8)) / n) for row in made)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<h3>Thresholds</h3>" in page and all(f"{row['threshold']:.4g}" in page for row in made)
+
+    folder = tmp_path / "cut"
+    shutil.copytree(tmp_path / "run", folder)
+    (folder / "result.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "step-00000008")  # as if it had been killed after step 5
+    quiet(config_of(world, folder, **flags, report=True, resume=True))
+    again = [row for row in rows_of(folder) if row.get("kind") == "calibration"]
+    assert [(row["step"], row["threshold"]) for row in again] == [(row["step"], row["threshold"]) for row in made]
 
 
 def test_calibration_data_that_are_poisoned_are_refused(world, tmp_path):
