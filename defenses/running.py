@@ -99,7 +99,8 @@ def run(config: TrainDefense, *, told: Say = say) -> Outcome:
                 forget(record, existed)
             raise
         finally:
-            gc.collect()  # wrappers that outlive the process group can hang when they are taken down
+            if kind != "plain":
+                gc.collect()  # wrappers that outlive the process group can hang when they are taken down
 
 
 def begun(
