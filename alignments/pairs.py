@@ -19,6 +19,7 @@ from intervene import Intervention, Plan, Positions, Zero, capture
 from intervene.errors import BadPosition, ShapeMismatch
 from intervene.families import locate, resolve
 from intervene.marked import Marked
+from intervene.model_state import ModelState
 from intervene.parts import Rows
 from intervene.prefix import Prefix, positions_of, prefix_from, tensors_of
 from intervene.sites import Site
@@ -151,6 +152,7 @@ class LanguagePairs:
         self.model, self.base, self.source, self.labels = model, base, source, labels
         self.sites = tuple(resolve(model, site).site for site in map(Site.parse, sites))
         self.base_answers, self.source_answers = base.answers, source.answers
+        state = ModelState(model)
         held = self._held(space or Memory(), batch_size, progress)
         # What methods read whole lies where the model is; streams, keys and values are fetched row by row.
         far = device.type != "cpu"
@@ -158,7 +160,7 @@ class LanguagePairs:
             name: one.to(device) if far and one.device.type == "cpu" and not name.startswith(ROW_BY_ROW) else one
             for name, one in held.tensors.items()
         }
-        self.prefix: Prefix = prefix_from(self.base.batch(slice(None)), near, **held.facts)
+        self.prefix: Prefix = prefix_from(self.base.batch(slice(None)), near, **held.facts, state=state)
         self.source_logits = near["source_logits"]
         base_right, source_right = self.task_correct()
         known = bool((base.answers >= 0).all() and (source.answers >= 0).all())
@@ -197,14 +199,14 @@ class LanguagePairs:
     def _filled(self, draft: Draft, first: Prefix, size: int, progress: Progress | None) -> Held:
         """Run all bases but the `first` batch, and all sources, into `draft`."""
         starts = range(0, len(self), size)
-        exact, difference, noise, fused = True, 0.0, 0.0, True
+        exact, difference, noise, fused = True, 0.0, 0.0, first.fused
         for done, start in enumerate(starts):
             rows = slice(start, start + size)
             part = self._base(rows) if start else first
             for name, one in tensors_of(part).items():
                 draft.tensors[name][rows] = one
             exact, difference, noise = exact and part.exact, max(difference, part.difference), max(noise, part.noise)
-            fused = fused and part.fused
+            fused = fused & part.fused
             _tell(progress, done + 1, 2 * len(starts))
         for done, start in enumerate(starts):
             rows = slice(start, start + size)
@@ -212,7 +214,7 @@ class LanguagePairs:
                 draft.tensors[name][rows] = one
             _tell(progress, len(starts) + done + 1, 2 * len(starts))
         return draft.finish(
-            {"tuples": first.tuples, "exact": exact, "difference": difference, "noise": noise, "fused": fused}
+            {"tuples": first.tuples, "exact": exact, "difference": difference, "noise": noise, "fused": sorted(fused)}
         )
 
     def _base(self, rows: slice) -> Prefix:
@@ -224,7 +226,7 @@ class LanguagePairs:
         """Return the sources' activations at each site and mark, (b, P, D), and their own last logits (b, V)."""
         batch = self.source.batch(rows)
         full = {**batch, "position_ids": positions_of(batch["attention_mask"])}
-        with torch.no_grad(), capture(self.model, self.sites, prompt=full) as acts:
+        with torch.inference_mode(False), torch.no_grad(), capture(self.model, self.sites, prompt=full) as acts:
             logits: Tensor = self.model(**call_inputs(self.model, full), use_cache=False).logits[:, -1]
         found = {
             f"source/{site}/{name}": at_marks(acts[site], columns)

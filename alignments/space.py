@@ -35,7 +35,7 @@ from alignments.tokens import Tokens
 from intervene import Site
 from intervene.embedded import cache_root
 
-FORMAT = 1
+FORMAT = 2
 DATA, MANIFEST = "data.bin", "manifest.json"
 LIMIT = 20 * 2**30  # bytes that all caches of one folder may take together
 SHARE = 0.7  # of the memory that is free, which activations may fill
@@ -251,7 +251,7 @@ def activation_key(
         batch_size,
         sorted(map(str, sites)),
     ]
-    settings += [getattr(config, "_attn_implementation", None), *more]
+    settings += [getattr(config, "_attn_implementation", None), [one.training for one in model.modules()], *more]
     digest.update(repr(settings).encode())
     adapters = [(module.scaling, module.active_adapters, module.disable_adapters) for module in _adapted(model)]
     digest.update(repr(adapters).encode())

@@ -25,7 +25,8 @@ from defenses.objectives import token_losses
 from defenses.plans import Directions, injection
 from intervene.errors import asked_found_do
 from intervene.families import locate
-from intervene.suffix import KeptStream, first_block, kept_stream
+from intervene.kept_stream import KeptStream, kept_stream
+from intervene.suffix import first_block
 
 
 class SharedPasses:

@@ -9,6 +9,7 @@
     ├── WrongModel           a saved vector or plan made for another model, layer or component
     ├── BadVector            NaN, infinite or zero where a direction is needed
     ├── NotApplied           an intervention or a capture that never fired
+    ├── ModelChanged         activations kept of a model that computes otherwise by now
     ├── UnsupportedModel     a wrapper that has not been shown to work (compiled, FSDP, ...)
     ├── AmbiguousForward     a pass whose place in the generation cannot be known
     ├── StoreError           a plan folder that is half written, foreign or of a newer schema
@@ -57,6 +58,10 @@ class WrongModel(InterveneError):
 
 class BadVector(InterveneError):
     """NaN, infinite or zero values where a direction is needed."""
+
+
+class ModelChanged(InterveneError):
+    """Activations were kept of a model that computes otherwise by now."""
 
 
 class NotApplied(InterveneError):

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from intervene.fused_attention import Attended, attended, attended_back
 from intervene.hooks import replaced
+from intervene.model_state import all_hooks, idle
 from intervene.precision import multiplies_fast
 
 _BLOCK = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -41,20 +42,16 @@ class Parts:
     attention: Any
     norms: tuple[Any, Any]
     linears: dict[str, Any]
-    children: tuple[nn.Module | None, ...]
-    tree: tuple[tuple[nn.Module, tuple[nn.Module | None, ...]], ...]  # every module below the block and its children
+    modules: tuple[nn.Module, ...]  # all below the block
     rounded: dict[str, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
     copies: dict[tuple[str, int, torch.dtype], tuple[Tensor, int, Tensor]] = field(default_factory=dict)
-
-    def unchanged(self, block: nn.Module) -> bool:
-        """Return whether the block still consists of the same modules."""
-        same = tuple(block._modules.values()) == self.children
-        return same and all(tuple(module._modules.values()) == children for module, children in self.tree)
 
     def free(self, block: nn.Module) -> bool:
         """Return whether nothing watches, replaces or trains anything here, and all is fp32 on the CPU."""
         learning = torch.is_grad_enabled()
-        for module in (block, *(module for module, _ in self.tree)):
+        if all_hooks() or torch.is_autocast_enabled("cpu"):
+            return False
+        for module in (block, *self.modules):
             if watched(module) or "forward" in module.__dict__ or module.training:
                 return False
             for one in module._parameters.values():
@@ -119,15 +116,26 @@ def _known(parameter: Tensor) -> bool:
     return parameter.dtype == torch.float32 and parameter.device.type == "cpu" and not parameter.is_inference()
 
 
-_KNOWN: WeakKeyDictionary[nn.Module, Parts | None] = WeakKeyDictionary()
+_Tree = tuple[tuple[nn.Module | None, ...], ...]  # the children of a block, and of each module below it
+_KNOWN: WeakKeyDictionary[nn.Module, tuple[_Tree, Parts | None]] = WeakKeyDictionary()
 
 
 def fusable(block: nn.Module) -> Parts | None:
     """Return the parts of `block` if it has the shape that is computed here and nothing watches or trains it."""
-    parts = _KNOWN.get(block)
-    if block not in _KNOWN or (parts is not None and not parts.unchanged(block)):
-        parts = _KNOWN[block] = _parts(block)
+    tree = tuple(tuple(module._modules.values()) for module in block.modules())
+    if block not in _KNOWN or _KNOWN[block][0] != tree:
+        _KNOWN[block] = tree, _parts(block)
+    parts = _KNOWN[block][1]
     return parts if parts is not None and parts.free(block) else None
+
+
+def forget_copies(model: nn.Module) -> None:
+    """Drop the copies of weights that blocks of `model` hold: a write through `.data` leaves no other trace."""
+    for block in model.modules():
+        parts = _KNOWN[block][1] if block in _KNOWN else None
+        if parts is not None:
+            parts.copies.clear()
+            parts.rounded.clear()
 
 
 def _parts(block: nn.Module) -> Parts | None:
@@ -145,14 +153,14 @@ def _parts(block: nn.Module) -> Parts | None:
     told = all(hasattr(attention, name) for name in ("head_dim", "scaling", "layer_idx", "config"))
     if not plain or not rms or not told or type(act).__name__ not in {"SiLU", "SiLUActivation"}:
         return None
-    tree = tuple((module, tuple(module._modules.values())) for module in block.modules() if module is not block)
-    return Parts(attention, norms, linears, tuple(block._modules.values()), tree)
+    return Parts(attention, norms, linears, tuple(module for module in block.modules() if module is not block))
 
 
 def watched(module: nn.Module) -> bool:
     """Return whether a hook of any kind is on `module`."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks)
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    return bool(module._forward_hooks) and not all(map(idle, module._forward_hooks.values()))
 
 
 def eps_of(norm: nn.Module) -> float | None:
@@ -164,18 +172,15 @@ def eps_of(norm: nn.Module) -> float | None:
 
 
 @contextmanager
-def fused(blocks: Sequence[nn.Module], *, last: bool = False) -> Iterator[int]:
-    """Compute the fusable ones among `blocks` as one node each until the block ends; yields how many they are.
+def fused(blocks: Sequence[nn.Module], *, last: nn.Module | None = None) -> Iterator[list[int]]:
+    """Compute the fusable ones among `blocks` as one node each until the block ends; yields which they are.
 
-    With `last`, the last of `blocks` is the model's last, of which only the last column is wanted: its other columns
-    are computed as far as that one reads them, and come out as they went in.
+    `last` is the model's last block, if only the last column of what it gives is wanted: its other columns are computed
+    as far as that one reads them, and come out as they went in.
     """
     found = [(number, block, fusable(block)) for number, block in enumerate(blocks)]
-    forwards = [
-        (block, _Forward(block, parts, last and number == len(blocks) - 1)) for number, block, parts in found if parts
-    ]
-    with replaced(forwards):
-        yield len(forwards)
+    with replaced([(block, _Forward(block, parts, block is last)) for _, block, parts in found if parts]):
+        yield [number for number, _, parts in found if parts]
 
 
 class _Forward:

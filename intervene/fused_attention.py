@@ -30,7 +30,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float)
     """
     Q, T = q.shape[2], k.shape[2]
     if mask is None and 1 < Q < T:
-        mask = torch.full((1, 1, Q, T), -torch.inf).triu_(T - Q + 1)
+        mask = q.new_full((1, 1, Q, T), -torch.inf).triu_(T - Q + 1)
     attend = _attend_short if Q * T <= _SHORT else _attend_long
     return Attended(*attend(q, k, v, mask, scale), q, k, v, mask)
 
@@ -63,7 +63,7 @@ def _attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: f
     (B, H, Q, d), (_, G, T, _) = q.shape, k.shape
     scores = torch.bmm(k.reshape(B * G, T, d), q.reshape(B * G, -1, d).transpose(1, 2)).mul_(scale)
     if mask is None and Q > 1:
-        mask = torch.full((1, 1, Q, T), -torch.inf).triu_(T - Q + 1)
+        mask = q.new_full((1, 1, Q, T), -torch.inf).triu_(T - Q + 1)
     if mask is not None:
         scores.view(B, G, T, H // G, Q).add_(mask.transpose(2, 3)[:, :, :, None])
     shares = scores.softmax(1)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from intervene.fused import watched
+from intervene.model_state import all_hooks
 from intervene.precision import multiplies_fast, rounded
 
 WORDS, WORDS_FAST = 512, 4096  # of the vocabulary at a time: a megabyte of weights; in bf16, what products do best with
@@ -23,6 +24,8 @@ WORDS, WORDS_FAST = 512, 4096  # of the vocabulary at a time: a megabyte of weig
 
 def plain_head(hf: nn.Module) -> nn.Linear | None:
     """Return the unembedding of `hf` if it is a frozen, unwatched fp32 product on the CPU; None: it is not."""
+    if watched(hf) or "forward" in hf.__dict__ or all_hooks() or torch.is_autocast_enabled("cpu"):
+        return None  # somebody may read the logits, or change them
     find = getattr(hf, "get_output_embeddings", None)
     head = find() if find is not None else None
     if type(head) is not nn.Linear or head.bias is not None or "forward" in head.__dict__ or watched(head):
@@ -45,7 +48,7 @@ def _swept(x: Tensor, parts: Sequence[Tensor], *, moving: bool) -> tuple[Tensor,
     one is so much larger (by 88) that fp32 overflows.
     """
     highest: Tensor | None = None
-    total, expected = torch.zeros(len(x), 1), torch.zeros(x.shape)
+    total, expected = x.new_zeros(len(x), 1, dtype=torch.float32), x.new_zeros(x.shape, dtype=torch.float32)
     for part in parts:
         logits = torch.mm(x, part.t()).float()
         if highest is None:

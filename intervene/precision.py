@@ -77,6 +77,13 @@ def rounded(weight: Tensor) -> Tensor:
     return held[1]
 
 
+def forget_rounded(model: nn.Module) -> None:
+    """Drop the bf16 copies of the weights of `model`: a write through `.data` leaves no other trace."""
+    for one in model.parameters():
+        if one in _ROUNDED:
+            del _ROUNDED[one]
+
+
 class _FastLinears(TorchFunctionMode):
     """Sends every `linear` of fp32 activations and frozen CPU weights through `_FastLinear`."""
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from intervene.model_state import ModelState
 from intervene.sites import Site
 
 
@@ -21,8 +22,9 @@ class Prefix:
     (site, name of a mark) -> activation there (N, P, D). `index` (B,) picks the examples out of streams and cache,
     which are copied only where a pass needs them (of `logits` it picks nothing); None: all. They may lie on the CPU,
     mapped from disk, while the model is elsewhere. `exact` is False if only full passes are right for this model;
-    `difference` is what was measured, and `noise`, below fp32, how far two full passes differ. `fused` says whether
-    blocks in few passes over memory (`intervene.fused`) agree with the model's own, logits and gradient.
+    `difference` is what was measured, and `noise`, below fp32, how far two full passes differ. `fused` are the
+    blocks that have been shown to give the same in few passes over memory (`intervene.fused`). `state` is how the model
+    computed; None: nobody looks whether it still does.
     """
 
     inputs: dict[str, Any]
@@ -33,7 +35,8 @@ class Prefix:
     exact: bool = True
     difference: float = 0.0
     noise: float = 0.0
-    fused: bool = False
+    fused: frozenset[int] = frozenset()
+    state: ModelState | None = None
     index: Tensor | None = None
     kept: dict[tuple[Site, str], Tensor] = field(default_factory=dict)
 
@@ -98,7 +101,8 @@ def prefix_from(
     exact: bool,
     difference: float,
     noise: float = 0.0,
-    fused: bool = False,
+    fused: Iterable[int] = (),
+    state: ModelState | None = None,
 ) -> Prefix:
     """Return the prefix of `inputs` whose `tensors_of` these are; other names among `tensors` are passed over."""
     streams, cache, kept = {}, [], {}
@@ -112,7 +116,10 @@ def prefix_from(
             site, _, mark = rest.partition("/")
             kept[Site.parse(site), mark] = tensor
     full = {**inputs, "position_ids": positions_of(inputs["attention_mask"])}
-    return Prefix(full, streams, tuple(cache), tensors["logits"], tuples, exact, difference, noise, fused, kept=kept)
+    return Prefix(
+        full, streams, tuple(cache), tensors["logits"], tuples, exact, difference, noise, frozenset(fused), state,
+        kept=kept,
+    )  # fmt: skip
 
 
 def positions_of(attention_mask: Tensor) -> Tensor:

@@ -11,29 +11,32 @@ an unedited suffix with the full pass, and refuses otherwise; the caller then ru
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from intervene.errors import BadVector, ShapeMismatch, UnsupportedModel
-from intervene.families import Located, locate, located_once, resolve
-from intervene.fused import fused
+from intervene.families import Located, locate, located_once
+from intervene.fused import forget_copies, fused, watched
 from intervene.fused_loss import plain_head, unembedded_losses
 from intervene.hooks import replaced, watch_call
 from intervene.interventions import Plan
+from intervene.kept_stream import skipped
+from intervene.locate import walk
+from intervene.model_state import ModelState
+from intervene.precision import forget_rounded
 from intervene.prefix import Prefix, positions_of
 from intervene.run import capture, frozen, intervene
 from intervene.sites import Site
 
 TOLERANCE = 1e-4  # of the logits' own spread, in fp32: the two ways differ by rounding only
 SLOPE_TOLERANCE = 1e-3  # of the gradient's length, the same
-FEW, FEW_ROUNDED = 2, 8  # examples on which they are compared in fp32, and in lower precision, where one is not enough
+FEW_ROUNDED = 8  # examples on which they are compared in lower precision, where two are not enough
 
 
 def accepts(model: nn.Module, name: str) -> bool:
@@ -65,6 +68,7 @@ def call_inputs(model: nn.Module, inputs: Mapping[str, Any], start: int = 0) -> 
 
 
 @located_once()
+@torch.inference_mode(False)  # what is kept must be fit for a fit
 def prefix_of(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[int], keep: Sequence[Site] = ()) -> Prefix:
     """Return the prefix of left-padded `inputs` (input_ids, attention_mask (B, S), marks), keeping blocks `layers`.
 
@@ -82,6 +86,7 @@ def prefix_of(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[int]
     full = {**inputs, "position_ids": positions_of(inputs["attention_mask"])}
     cache: Any = DynamicCache()
     sites = [Site("block_output", layer) for layer in sorted(set(layers))]
+    state = ModelState(model)
     returned: list[Any] = []
     with ExitStack() as stack:
         watch_call(stack, located.layers[0], after=returned.append)
@@ -94,6 +99,7 @@ def prefix_of(model: nn.Module, inputs: Mapping[str, Any], layers: Sequence[int]
         cache=tuple((layer.keys, layer.values) for layer in cache.layers),
         logits=logits,
         tuples=isinstance(returned[0], tuple),
+        state=state,
         kept={(site, name): at_marks(acts[site], columns) for site in keep for name, columns in _marks(inputs).items()},
     )
     return _proved(model, prefix)
@@ -112,7 +118,7 @@ def at_marks(activations: Tensor, columns: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _proved(model: nn.Module, prefix: Prefix) -> Prefix:
-    """Return `prefix` with the difference between an unedited suffix and the full pass, on its first examples.
+    """Return `prefix` with the difference between an unedited suffix and the full pass, on few examples.
 
     In fp32 it is the largest over the vocabulary, and has to be rounding. Below, a full pass rounds as much: run on
     other examples beside it, it gives other logits. So there the suffix has to be no farther from the full pass than
@@ -121,8 +127,10 @@ def _proved(model: nn.Module, prefix: Prefix) -> Prefix:
     positions that are off by one, the least of the mistakes tried, are farther.)
     """
     rounded = prefix.logits.dtype != torch.float32
-    few = prefix.rows(torch.arange(min(FEW_ROUNDED if rounded else FEW, len(prefix))))
-    logits = prefix.logits[: len(few)]
+    forget_copies(model)
+    forget_rounded(model)
+    chosen = torch.arange(min(FEW_ROUNDED, len(prefix))) if rounded else _longest_and_shortest(prefix)
+    few, logits = prefix.rows(chosen), prefix.logits[chosen.to(prefix.logits.device)]
     start = prefix.inputs["input_ids"].shape[1] // 2
     if not bool(torch.isfinite(prefix.logits).all()):
         raise BadVector(
@@ -132,40 +140,62 @@ def _proved(model: nn.Module, prefix: Prefix) -> Prefix:
     measure = _typical if rounded else _largest
     layers = list(prefix.streams)[:: max(1, len(prefix.streams) - 1)] or [-1]
     difference = max(measure(_run(model, few, layer, start), logits) for layer in layers)
+    if not rounded:  # of the shortest alone: rotary angles may depend on what else is in the batch
+        alone = prefix.rows(chosen[-1:])
+        difference = max(difference, measure(_run(model, alone, layers[0], start), logits[-1:]))
     noise = _typical(_again(model, few), logits) if rounded else 0.0
     exact = difference <= (max(noise, torch.finfo(logits.dtype).eps) if rounded else TOLERANCE)
-    agrees = exact and not rounded and _fused_agrees(model, few, start)
-    return replace(prefix, exact=exact, difference=difference, noise=noise, fused=agrees)
+    agreeing = _agreeing(model, few, start) if exact and not rounded else frozenset[int]()
+    return replace(prefix, exact=exact, difference=difference, noise=noise, fused=agreeing)
 
 
-_AGREED: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()
+def _longest_and_shortest(prefix: Prefix) -> Tensor:
+    """Return the examples with most and fewest tokens, (2,) int64 (if alike, first and last), or the only one."""
+    tokens = prefix.inputs["attention_mask"].sum(1)
+    return torch.tensor([int(tokens.argmax()), len(tokens) - 1 - int(tokens.flip(0).argmin())][: len(tokens)])
 
 
-def _fused_agrees(model: nn.Module, few: Prefix, start: int) -> bool:
-    """Return whether fused blocks give what the model's own do; asked once for its modules and weights as they are.
+def _agreeing(model: nn.Module, few: Prefix, start: int) -> frozenset[int]:
+    """Return the blocks that give the same fused as by themselves, in all passes that are compared, or none.
 
-    The losses are compared through all blocks, because any of them may be run later; the gradient, which has the same
-    arithmetic in every block, above the lowest one that is kept.
+    Losses are compared through all blocks, because any of them may be run later; the gradient, which has the same
+    arithmetic in every block, above the lowest one that is kept. And logits must be what the unembedding returned.
     """
-    weights = tuple(-1 if one.is_inference() else one._version for one in model.parameters())
-    state = tuple(map(id, model.modules())), weights
-    if model not in _AGREED or _AGREED[model][0] != state:
-        _AGREED[model] = state, not few.tuples and _compared(model, few, start)
-    return _AGREED[model][1]
-
-
-def _compared(model: nn.Module, few: Prefix, start: int) -> bool:
-    labels = few.inputs["input_ids"][:, 0]
-    own, ours = (_run(model, few, -1, start, _Way(fused=fuse, labels=labels)) for fuse in (False, True))
+    located, labels, none = locate(model), few.inputs["input_ids"][:, 0], frozenset[int]()
+    if few.tuples or not _ends_in_its_head(model, few):
+        return none
+    blocks = frozenset(_fusable_blocks(model))
+    if not blocks:
+        return none
+    own, ours = (_run(model, few, -1, start, _way(located, chosen, labels)) for chosen in (none, blocks))
     if not bool((ours - own).abs().max() <= TOLERANCE * own.abs().max().clamp_min(1.0)):
-        return False
+        return none
     layer, slopes = min(few.streams, default=-1), list[Tensor]()
     with frozen(model), torch.enable_grad():
-        for fuse in (False, True) if layer >= 0 else ():
+        for chosen in (none, blocks) if layer >= 0 else ():
             stream = few.stream(layer, start).clone().requires_grad_()
-            losses = _run(model, few, layer, start, _Way(stream, fuse, labels))
+            losses = _run(model, few, layer, start, _way(located, chosen, labels, stream))
             slopes += torch.autograd.grad(losses.sum(), stream)
-    return not slopes or bool((slopes[1] - slopes[0]).norm() <= SLOPE_TOLERANCE * slopes[0].norm())
+    near = not slopes or bool((slopes[1] - slopes[0]).norm() <= SLOPE_TOLERANCE * slopes[0].norm())
+    return blocks if near else none
+
+
+def _fusable_blocks(model: nn.Module) -> list[int]:
+    with torch.no_grad(), fused(locate(model).layers) as found:
+        return found
+
+
+def _ends_in_its_head(model: nn.Module, few: Prefix) -> bool:
+    """Return whether the model's logits are what its unembedding returns, to the last bit: not scaled or capped."""
+    with frozen(model):
+        head = plain_head(locate(model).hf)
+    if head is None:
+        return True  # then nobody takes its place
+    returned: list[Any] = []
+    with ExitStack() as stack:
+        watch_call(stack, head, after=returned.append)
+        logits = _run(model, few, -1, 0)
+    return len(returned) == 1 and torch.equal(returned[0].reshape(logits.shape[0], -1, logits.shape[-1])[:, -1], logits)
 
 
 def _again(model: nn.Module, few: Prefix) -> Tensor:
@@ -182,62 +212,6 @@ def _typical(found: Tensor, expected: Tensor) -> float:
     found, expected = found.float(), expected.float()
     errors = (found - expected).square().mean(-1).sqrt()  # (B,)
     return float((errors / expected.std(-1).clamp_min(1e-6)).mean())
-
-
-@contextmanager
-def _skipped(located: Located, count: int, stream: Tensor, tuples: bool) -> Iterator[None]:
-    """Make the first `count` blocks return `stream` (B, s, D) without computing, until the block ends."""
-
-    def stored(*_args: object, **_kwargs: object) -> Any:
-        return (stream,) if tuples else stream
-
-    with replaced([(block, stored) for block in located.layers[:count]]):
-        yield
-
-
-class KeptStream:
-    """The output of one block in the latest pass, without its gradient, and a way to start other passes from it."""
-
-    def __init__(self, located: Located, layer: int) -> None:
-        """Hold block `layer` of a located model; `kept_stream` is what makes one."""
-        self._located, self._layer = located, layer
-        self._tuples = False
-        self.stream: Tensor | None = None
-
-    def _take(self, returned: Any) -> None:
-        if returned is None:  # the block raised
-            return
-        self._tuples = isinstance(returned, tuple)
-        self.stream = (returned[0] if self._tuples else returned).detach()
-
-    @contextmanager
-    def handed_on(self) -> Iterator[None]:
-        """Let passes inside the block hand the kept stream on, and compute only what is above it.
-
-        The same batch has to be run. An intervention at the kept block acts on what is handed on; one below it would
-        act on nothing.
-
-        Raises:
-            ShapeMismatch: no pass was kept.
-        """
-        if self.stream is None:
-            raise ShapeMismatch("Kept stream: no pass has run in its block. Call the model there first.")
-        with _skipped(self._located, self._layer + 1, self.stream, self._tuples):
-            yield
-
-
-@contextmanager
-def kept_stream(model: nn.Module, layer: int) -> Iterator[KeptStream]:
-    """Keep what block `layer` returns in each pass inside the block, so that a second pass can share the first one's.
-
-    Raises:
-        SiteOutOfRange: the model has no such block.
-    """
-    located = locate(model)
-    kept = KeptStream(located, resolve(model, Site("block_output", layer)).site.layer or 0)
-    with ExitStack() as stack:
-        watch_call(stack, located.layers[kept._layer], after=kept._take)
-        yield kept
 
 
 def _beside(block: nn.Module, tensor: Tensor) -> Tensor:
@@ -266,11 +240,28 @@ def _cache_of(pairs: Sequence[tuple[Tensor, Tensor]], start: int) -> Any:
 
 @dataclass(frozen=True)
 class _Way:
-    """How a pass is run: from `stream` instead of the kept one, with `fused` blocks, for `labels` (B,) their losses."""
+    """How a pass is run: from `stream` instead of the kept one, for `labels` (B,) their losses, with `fused` blocks.
+
+    `head` is the unembedding whose place the fused losses take. `alone`: nobody reads columns that have no logits.
+    """
 
     stream: Tensor | None = None
-    fused: bool = False
     labels: Tensor | None = None
+    fused: frozenset[int] = frozenset()
+    head: nn.Linear | None = None
+    alone: bool = False
+
+
+def _way(located: Located, fused: frozenset[int], labels: Tensor | None = None, stream: Tensor | None = None) -> _Way:
+    """Return how to run with these `fused` blocks, before interventions of ours watch the model."""
+    if not fused:
+        return _Way(stream, labels)
+    # A label below 0 is cross_entropy's own affair: it is left out, or an error.
+    told = labels is not None and bool((labels >= 0).all())
+    outside = [located.hf]
+    for module in outside:
+        outside += [child for child in module.children() if not isinstance(child, nn.ModuleList)]
+    return _Way(stream, labels, fused, plain_head(located.hf) if told else None, not any(map(watched, outside)))
 
 
 def _run(model: nn.Module, prefix: Prefix, after: int, start: int, way: _Way = _Way()) -> Tensor:
@@ -283,14 +274,15 @@ def _run(model: nn.Module, prefix: Prefix, after: int, start: int, way: _Way = _
     if start:
         past = zip(located.layers, prefix.past(after + 1, start), strict=True)
         call["past_key_values"] = _cache_of([(_beside(block, k), _beside(block, v)) for block, (k, v) in past], start)
-    head = plain_head(located.hf) if way.fused and way.labels is not None else None
+    head = way.head
     with ExitStack() as stack:
         if after >= 0:
             stream = prefix.stream(after, start) if way.stream is None else way.stream
             stream = _beside(located.layers[after], stream)
-            stack.enter_context(_skipped(located, after + 1, stream, prefix.tuples))
+            stack.enter_context(skipped(located, after + 1, stream, prefix.tuples))
         if way.fused:
-            stack.enter_context(fused(located.layers[after + 1 :], last=True))
+            blocks = [block for layer, block in enumerate(located.layers) if layer > after and layer in way.fused]
+            stack.enter_context(fused(blocks, last=located.layers[-1] if way.alone else None))
         if head is not None:
             stack.enter_context(replaced([(head, lambda hidden: hidden)]))
         found: Tensor = located.hf(**call, use_cache=bool(start)).logits
@@ -301,6 +293,13 @@ def _run(model: nn.Module, prefix: Prefix, after: int, start: int, way: _Way = _
     if head is not None:
         return unembedded_losses(found, head.weight, labels)
     return nn.functional.cross_entropy(found.float(), labels, reduction="none")
+
+
+def _shared(located: Located) -> list[nn.Module]:
+    """Return the modules whose work on earlier columns or lower blocks a suffix takes from the prefix."""
+    norm = located.family.final_norm
+    after = None if norm is None else walk(located.backbone, norm)
+    return [one for one in located.backbone.children() if one is not after]
 
 
 def first_block(plan: Plan, n_layers: int) -> int:
@@ -329,6 +328,7 @@ def suffix_logits(
     Raises:
         ShapeMismatch: the plan is empty.
         UnsupportedModel: the plan acts on tokens that are generated later, which a single pass has none of.
+        ModelChanged: the model does not compute as it did when the prefix was made.
     """
     located = locate(model)
     if not plan:
@@ -337,8 +337,10 @@ def suffix_logits(
         raise UnsupportedModel("Suffix: an intervention of phase 'decode' has no tokens here. Use phase 'prompt'.")
     after = first_block(plan, located.n_layers)
     usable = prefix.exact and (after == -1 or after in prefix.streams)
+    if prefix.state is not None:
+        prefix.state.require_same(_shared(located) if usable else ())
     start = _first_column(plan, prefix) if usable else 0
-    way = _Way(fused=prefix.fused and usable, labels=labels)
+    way = _way(located, prefix.fused if usable else frozenset(), labels)
     with intervene(model, plan, sources, prompt=prefix.inputs):
         return _run(model, prefix, after if usable else -1, start, way)
 

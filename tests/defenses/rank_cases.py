@@ -15,7 +15,7 @@ from defenses.objectives import n_tokens, sample_means, spread, token_losses
 from defenses.plans import Directions, Scope, injection, scope_columns
 from defenses.schedules import Rate
 from intervene import intervene
-from intervene.suffix import kept_stream
+from intervene.kept_stream import kept_stream
 from tests.tiny import tiny_model
 
 KINDS = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")

@@ -87,10 +87,10 @@ def test_blocks_are_themselves_again_after_an_exception():
     def broken(*_args, **_kwargs):
         raise RuntimeError("broken on purpose")
 
-    head, model.lm_head.forward = model.lm_head.forward, broken
+    handle = model.lm_head.register_forward_pre_hook(broken)
     with pytest.raises(RuntimeError, match="on purpose"):
         suffix_logits(model, plan, [torch.zeros(2, 1, model.config.hidden_size)], prefix)
-    model.lm_head.forward = head
+    handle.remove()
     assert not any("forward" in block.__dict__ for block in model.model.layers)
     with torch.no_grad():
         expected = prefix.logits
