@@ -77,6 +77,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
         stdout=subprocess.DEVNULL,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's `&` has it ignored in all below
     )
     deadline = time.monotonic() + 200
     while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < 7:
