@@ -22,7 +22,7 @@ from defenses.progress import say
 from defenses.vector_files import read_vectors, write_vectors
 from intervene.errors import asked_found_do
 from records.config_files import ConfigError
-from records.files import replace_json
+from records.files import read_json, replace_json
 from records.layered import REQUIRED, sources_field, told
 
 # ruff: noqa: RUF009  (`told` returns a dataclass field, and is what dataclass defaults are made of)
@@ -256,6 +256,13 @@ def project_data(config: ProjectData) -> int:
     return 0
 
 
+def template_of(folder: Path) -> str | None:
+    """Return the chat template that the run in `folder` was trained with, if it was not the model's own."""
+    path = folder / "config.json"
+    data = read_json(path).get("data") if path.exists() else None
+    return data.get("chat_template") if isinstance(data, dict) else None
+
+
 def evaluate_folder(config: Evaluate) -> int:
     """Examine a saved model, print its metrics, and write them where a folder is given.
 
@@ -284,9 +291,8 @@ def evaluate_folder(config: Evaluate) -> int:
         read_vectors(name, model=before, layers=config.layers, force=config.force_vectors) for name in config.vectors
     ]
     plan = tuple(item for one in read for item in injection(one, config.alpha, positions=AllTokens()))
-    how = Settings(
-        max_new_tokens=config.max_new_tokens, batch_size=config.batch_size, chat_template=config.chat_template
-    )
+    template = config.chat_template or template_of(folder)
+    how = Settings(max_new_tokens=config.max_new_tokens, batch_size=config.batch_size, chat_template=template)
     found = examine(model, tokenizer, suite, base=base, settings=how, plan=plan)
     for name, one in found.metrics.items():
         say(f"{name:<18} {one}")

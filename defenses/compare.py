@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from defenses.checkpoints import Checkpoints
-from defenses.config import FREE_KEYS, CompareDefenses, TrainDefense, variant
+from defenses.checkpoints import Checkpoints, file_digest
+from defenses.config import FREE_KEYS, PROMPTS, CompareDefenses, TrainDefense, variant
 from defenses.errors import DefenseError
 from defenses.grid import at_once, one_by_one
 from defenses.launch import detect
@@ -32,7 +33,16 @@ from records.layered import nearest
 GOOD = {"trait_rate": "low", "trait_score": "low", "skill_accuracy": "high", "perplexity": "low", "kl": "low"} | {
     "over_refusal": "low", "coherence": "high", "loss": "low",
 }  # fmt: skip
-TRAIT, SKILL = ("trait_rate", "trait_score"), ("skill_accuracy", "loss")
+TRAIT, SKILL = ("trait_rate", "trait_score"), ("skill_accuracy",)  # a loss under injection is no skill
+ORDER = (
+    "train_data",
+    "holdout",
+    "data",
+    "max_length",
+    "packing",
+    "bucket",
+    "batch_size",
+)  # what a step's batch follows
 OWN_METRICS = ("loss", "detector_auroc", "detector_recall", "detector_false_positive_rate")  # of any run
 EVALUATED = (*(name for name in GOOD if name != "loss"), "base_perplexity")  # by a suite
 Say = Callable[[str], None]
@@ -51,7 +61,9 @@ def compare(config: CompareDefenses, *, told: Say = say) -> int:
     if config.workers > 1 and detect().world > 1:
         found = f"this is {detect()}, and ranks train one cell together."
         raise ConfigError(asked_found_do(f"workers {config.workers}", found, "Leave it out, or start one process."))
-    require_same(config)
+    require_same(config, cells)
+    for line in _other_batches(config, cells):
+        told(line)
     if config.dry_run:
         for name, cell in cells:
             told(f"--- {name}, seed {cell.seed}")
@@ -160,17 +172,51 @@ def _require_metrics(config: CompareDefenses) -> None:
             raise ConfigError(asked_found_do(f"Metric {name}", "nothing is evaluated.", "Give --evaluate SUITE."))
 
 
-def require_same(config: CompareDefenses) -> None:
-    """Keep what was compared in the folder, and refuse another comparison there.
+def _other_batches(config: CompareDefenses, cells: Sequence[tuple[str, TrainDefense]]) -> list[str]:
+    """Return a warning for each variant that does not learn the reference's batches in the reference's order."""
+    first = {name: cell for name, cell in reversed(cells)}
+    reference = first[config.reference]
+    found = {
+        name: [key for key in ORDER if _order(cell, key) != _order(reference, key)] for name, cell in first.items()
+    }
+    return [
+        f"warning: {name} has another {', '.join(keys)} than {config.reference}: they do not learn the same batches, "
+        "and their difference is also one of data"
+        for name, keys in found.items()
+        if keys
+    ]
+
+
+def _order(cell: TrainDefense, key: str) -> object:
+    """Return a value that orders the data; of `data` all but the prompts, which change no batch."""
+    value = getattr(cell, key)
+    return {name: one for name, one in value.items() if name not in PROMPTS} if key == "data" else value
+
+
+def _files(cells: Sequence[tuple[str, TrainDefense]]) -> dict[str, str]:
+    """Return path -> digest of every file that the runs read."""
+    named = ("train_data", "vectors", "calibration", "scores", "neutral", "evaluate")
+    values = [getattr(cell, name) for _, cell in cells for name in named]
+    paths = [Path(one) for value in values if value for one in (value if isinstance(value, tuple) else (value,))]
+    return {str(path): file_digest(path) for path in dict.fromkeys(paths) if path.exists()}
+
+
+def require_same(config: CompareDefenses, cells: Sequence[tuple[str, TrainDefense]]) -> None:
+    """Keep what was compared in the folder, and refuse another comparison there, or other contents of its files.
 
     Raises:
         RecordError: the folder holds a comparison of something else; methods and seeds may be added.
     """
     assert config.out is not None
     grows = {"methods", "seeds", "variants", "trait", "skill", "reference", "seed", "method", *FREE_KEYS}
-    path, now = config.out / "compare.json", config.to_json()
+    path, now, files = config.out / "compare.json", config.to_json(), _files(cells)
     if path.exists():
         before = read_json(path)
+        held = before.get("files", {})
+        if other := [name for name, digest in files.items() if held.get(name, digest) != digest]:
+            found = f"{', '.join(other)} changed since its first runs were made."
+            raise RecordError(asked_found_do(f"Comparison in {config.out}", found, "Choose another --out."))
+        files = {**held, **files}
         changed = [key for key in now if key not in grows and before.get(key) != now[key]]
         if changed:
             named = "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in changed)
@@ -180,7 +226,7 @@ def require_same(config: CompareDefenses) -> None:
             )
     if not config.dry_run and detect().rank == 0:
         config.out.mkdir(parents=True, exist_ok=True)
-        replace_json(path, now)
+        replace_json(path, {**now, "files": files})
 
 
 def metrics_of(result: Mapping[str, Any]) -> dict[str, float]:

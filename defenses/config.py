@@ -59,6 +59,7 @@ FREE_KEYS = frozenset(
 )
 # Daily flags that belong to the options of those methods that have such a thing.
 SHARED = ("alpha", "schedule", "onset", "end", "stop", "relative", "scope", "fpr", "action")
+PROMPTS = ("inoculation", "inoculate")  # of the data, which belong to one method
 FULL_LR, LORA_LR = 5e-6, 1e-4
 DEFAULT_METHOD = "sft"
 
@@ -219,6 +220,12 @@ def settled(config: C) -> C:
     return with_derived(config, **derived) if derived else config
 
 
+def _reading(common: Mapping[str, Any], own: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """Return how a variant reads its data: as the comparison, its own on top; only inoculation inoculates unasked."""
+    kept = common if method == "inoculation" else {key: one for key, one in common.items() if key not in PROMPTS}
+    return {**kept, **own} if isinstance(own, Mapping) else own
+
+
 def variant(config: CompareDefenses, name: str, seed: int, out: Path) -> TrainDefense:
     """Return the run of one cell of a comparison: the comparison's values, the variant's own on top, its seed, its
     folder.
@@ -235,6 +242,7 @@ def variant(config: CompareDefenses, name: str, seed: int, out: Path) -> TrainDe
     if isinstance(given.get("method"), str):
         given["method"] = {"name": given["method"]}
     method = given.pop("method", {"name": name})
+    given["data"] = _reading(config.data, given.get("data", {}), str(method.get("name", DEFAULT_METHOD)))
     entry = entry_of(str(method.get("name", DEFAULT_METHOD)))
     same = method.get("name") == config.method_name
     own_action = method.get("action")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from defenses.chat import PLAIN_TEMPLATE, Message
+from defenses.chat import PLAIN_TEMPLATE, Message, chat_of
 from defenses.errors import DataError
 from intervene import Plan, intervene
 from intervene.errors import asked_found_do
@@ -96,8 +96,9 @@ def answers(
     """Return the model's answer to each prompt, in order, without special tokens and outer white space.
 
     Batches are padded on the left by hand, so the tokenizer is not touched; the model answers in eval mode and gets
-    its flags back. The checkpoint's own generation settings (repetition penalty, top-p, beams) are not used, only
-    its end tokens. Every rank of a sharded model must call this with the same prompts.
+    its flags back. Of the checkpoint's own generation settings (repetition penalty, top-p, beams) only the end tokens
+    are used; the one that the chat template puts after an answer ends one too. Every rank of a sharded model must call
+    this with the same prompts.
 
     Args:
         max_new_tokens: answers are cut there. temperature: 0 is greedy; above, softmax(logits / temperature) is drawn.
@@ -113,7 +114,7 @@ def answers(
     _check_room(model, ids, max_new_tokens)
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))  # like lengths together: little padding
     said = [""] * len(ids)
-    settings = _settings(model, tokenizer, max_new_tokens)
+    settings = _settings(model, tokenizer, max_new_tokens, _turn_end(tokenizer, chat_template))
     with evaluating(model), ExitStack() as stack:
         if plan:
             stack.enter_context(intervene(model, plan))
@@ -146,8 +147,19 @@ def _generated(model: Any, rows: list[list[int]], settings: Any, draws: list[Any
     return new
 
 
-def _settings(model: Any, tokenizer: Any, max_new_tokens: int) -> Any:
-    """Generation settings in which nothing of the checkpoint's own is left that would change a greedy answer."""
+def _turn_end(tokenizer: Any, chat_template: str | None) -> list[int]:
+    """Return the token that the chat template puts after an answer: a base model's own end token is often another."""
+    if not (chat_template or getattr(tokenizer, "chat_template", None)) or not getattr(tokenizer, "is_fast", False):
+        return []
+    end = chat_of(tokenizer, chat_template).end_of_turn
+    return [int(tokenizer.convert_tokens_to_ids(end))] if end else []
+
+
+def _settings(model: Any, tokenizer: Any, max_new_tokens: int, also: Sequence[int] = ()) -> Any:
+    """Generation settings in which nothing of the checkpoint's own is left that would change a greedy answer.
+
+    Answers end at the checkpoint's end tokens, and at those in `also`.
+    """
     from transformers import GenerationConfig
 
     own = getattr(model, "generation_config", None)
@@ -155,6 +167,7 @@ def _settings(model: Any, tokenizer: Any, max_new_tokens: int) -> Any:
     if ends is None:
         ends = tokenizer.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    ends = list(dict.fromkeys([*ends, *also]))
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = ends[0] if ends else 0

@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 
 from defenses import evaluation
-from defenses.commands import Evaluate, ExtractVectors, ProjectData, carry_out, contrast_of, conversations
+from defenses.commands import Evaluate, ExtractVectors, ProjectData, carry_out, contrast_of, conversations, template_of
+from defenses.config import TrainDefense, load_config
 from defenses.errors import DataError, VectorError
+from defenses.running import run
 from defenses.vector_files import read_vectors, write_vectors
 from intervene.models import load_model
 from records.config_files import ConfigError
@@ -136,3 +138,16 @@ def test_a_line_separator_inside_a_text_cuts_no_row(tmp_path):
     rows = [{"prompt": "red", "response": said}, {"prompt": "blue", "response": "green"}]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows), encoding="utf-8")
     assert [answer for _, answer in conversations(path)] == [said, "green"]
+
+
+def test_a_trained_folder_is_asked_with_the_template_it_was_trained_with(world, suite, tmp_path):
+    flags = {
+        "model": str(world["model"]), "train_data": [str(world["data"])], "steps": 2, "batch_size": 8, "lr": 0.01,
+        "max_length": 64, "device": "cpu", "report": False, "out": str(tmp_path / "run"), "answer_tokens": 4,
+        "evaluate": str(suite),
+    }  # fmt: skip
+    run(load_config(TrainDefense, None, ["data.chat_template=plain"], flags), told=lambda line: None)
+    own = (tmp_path / "run" / "examples.jsonl").read_text()
+    assert carry_out(Evaluate(suite=suite, folder=str(tmp_path / "run"), max_new_tokens=4, out=tmp_path / "again")) == 0
+    assert (tmp_path / "again" / "examples.jsonl").read_text() == own
+    assert template_of(tmp_path / "run") == "plain" and template_of(world["model"]) is None

@@ -50,6 +50,23 @@ def test_a_checkpoints_own_settings_do_not_bend_greedy_answers():
     assert answers(model, tokenizer, PROMPTS, max_new_tokens=6) == wanted
 
 
+def test_an_answer_ends_where_the_chat_template_ends_a_turn():
+    model, tokenizer = TINY["llama"](), word_tokenizer()
+
+    def template(end):
+        return (
+            "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %} "
+            + end
+            + "{% endif %}{% endfor %}"
+        )
+
+    whole = answers(model, tokenizer, PROMPTS, max_new_tokens=6, chat_template=template(tokenizer.eos_token))
+    first = whole[0].split()
+    tokenizer.add_tokens([first[2]], special_tokens=True)  # a base model: its own end token is another
+    cut = answers(model, tokenizer, PROMPTS, max_new_tokens=6, chat_template=template(first[2]))
+    assert len(first) > 3 and cut[0].split() == first[: first.index(first[2])]
+
+
 def test_an_answer_ends_at_its_end_token_in_any_batch():
     model, tokenizer = TINY["llama"](), word_tokenizer()
     whole = answers(model, tokenizer, PROMPTS, max_new_tokens=6)

@@ -11,10 +11,11 @@ import time
 
 import pytest
 
-from defenses.compare import cells_of, compare
+from defenses.compare import cells_of, compare, compared
 from defenses.errors import DefenseError
 from defenses.grid import at_once, visible_gpus
 from records.config_files import ConfigError
+from records.files import RecordError
 from tests.defenses.test_compare import config_of, losses
 from tests.defenses.tiny_runs import tiny_world
 
@@ -124,3 +125,55 @@ def test_workers_take_the_gpus_that_this_process_sees_in_turn():
     assert visible_gpus({}, 2) == ["0", "1"]
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": "4, GPU-8932"}, 2) == ["4", "GPU-8932"]
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}, 0) == []
+
+
+# --- what is compared is one thing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["data", "suite"])
+def test_files_that_have_changed_since_the_first_runs_are_refused(world, tmp_path, which):
+    data = tmp_path / "data.jsonl"
+    data.write_text(world["data"].read_text())
+    suite = tmp_path / "suite.yaml"
+    suite.write_text("skill:\n- {prompt: red, answer: blue}\n")
+    flags = {"train_data": [str(data)], "methods": "sft", "seeds": "0", "evaluate": str(suite), "save_weights": False}
+    flags["answer_tokens"] = 2
+    assert compare(asked(world, tmp_path / "grid", **flags), told=lambda line: None) == 0
+    assert compare(asked(world, tmp_path / "grid", **flags), told=lambda line: None) == 0
+    (data if which == "data" else suite).write_text(
+        data.read_text().replace("red", "blue") if which == "data" else "skill:\n- {prompt: red, answer: fish}\n"
+    )
+    with pytest.raises(RecordError, match=rf"{'data.jsonl' if which == 'data' else 'suite.yaml'} changed since"):
+        compare(asked(world, tmp_path / "grid", **{**flags, "methods": "sft,ema"}), told=lambda line: None)
+
+
+def test_a_variant_that_learns_other_batches_is_told(world, tmp_path):
+    lines: list[str] = []
+    sets = ["variants.held.method.name=sft", "variants.held.holdout=0.2", "variants.same.method.name=sft"]
+    sets += ["variants.same.lr=0.1"]
+    compare(asked(world, tmp_path / "grid", sets, seeds="0,1", methods="sft", dry_run=True), told=lines.append)
+    warned = [line for line in lines if line.startswith("warning: ") and "same batches" in line]
+    assert len(warned) == 1 and warned[0].startswith("warning: held has another holdout than sft: ")
+
+
+def test_only_inoculation_inoculates_unless_a_variant_says_so(world, tmp_path):
+    sets = ["data.inoculation=Be red.", "data.truncation=drop", "variants.both.method.name=ema"]
+    sets += [
+        "variants.both.data.inoculation=Be blue.",
+        "variants.own.method.name=sft",
+        "variants.own.data.chat_template=plain",
+    ]
+    config = asked(world, tmp_path / "grid", sets, methods="sft,inoculation", seeds="0")
+    read = {name: cell.data for name, cell in cells_of(config)}
+    assert read == {
+        "sft": {"truncation": "drop"},
+        "inoculation": {"truncation": "drop", "inoculation": "Be red."},
+        "both": {"truncation": "drop", "inoculation": "Be blue."},
+        "own": {"truncation": "drop", "chat_template": "plain"},
+    }
+
+
+def test_a_training_loss_is_no_skill_unless_it_is_asked_for():
+    table = {name: {0: {"trait_rate": rate, "loss": 1.0}} for name, rate in (("sft", 0.5), ("injection", 0.1))}
+    assert compared(table)["pareto"] is None
+    assert compared(table, skill="loss")["pareto"]["skill"] == "loss"
