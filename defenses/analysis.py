@@ -25,7 +25,7 @@ from defenses.objectives import learned, n_tokens
 from defenses.plans import Directions, Scope, injection, scope_columns
 from defenses.protected import WRITERS
 from defenses.shared_passes import Inside
-from intervene import Site, capture, intervene
+from intervene import Plan, Site, capture, intervene
 from intervene.errors import asked_found_do
 from intervene.families import resolve
 
@@ -60,7 +60,7 @@ class Analyser:
             if name is not None:
                 self._anchors[layer, part] = backend.value(name)
 
-    def rows(self, backend: Backend, batch: Batch, *, strength: float) -> list[dict[str, Any]]:
+    def rows(self, backend: Backend, batch: Batch, *, strength: float, relative: bool = False) -> list[dict[str, Any]]:
         """Return one row per layer, and one per output projection that has moved.
 
         Per layer: mean response activation without and with the injection (cosine, ratio of norms, both projections on
@@ -70,13 +70,17 @@ class Analyser:
 
         Per projection: what its displacement D = W - W_0 adds on the mean response input a, f = D a: |f|, its cosine
         with -v (1: the model learns to undo the injection), and the share of D's energy along v (chance: 1 / width).
+
+        Args:
+            strength: of the injection, in multiples of the direction; `relative`: of the stream's norm at each token.
         """
         was = backend.model.training
         backend.model.eval()
         try:
             columns = scope_columns(batch, self.scope)
-            natural = self._activations(backend, batch, 0.0, columns)
-            injected = self._activations(backend, batch, strength, columns)
+            natural = self._activations(backend, batch, (), columns)
+            plan = injection(self.directions, strength, relative, columns=columns) if strength else ()
+            injected = self._activations(backend, batch, plan, columns) if plan else natural
             gradients = self._gradients(backend, batch, columns)
             told = [self._layer_row(layer, natural, injected, gradients[layer]) for layer in self.layers]
             told += self._projection_rows(backend, natural)
@@ -84,12 +88,11 @@ class Analyser:
             backend.model.train(was)
         return told
 
-    def _activations(self, backend: Backend, batch: Batch, strength: float, columns: Tensor) -> dict[str, Tensor]:
-        """Return site -> (D,) mean activation over learned tokens, in one pass."""
+    def _activations(self, backend: Backend, batch: Batch, plan: Plan, columns: Tensor) -> dict[str, Tensor]:
+        """Return site -> (D,) mean activation over learned tokens, in one pass; without a plan of inner sites too."""
         sites = [str(Site("block_output", layer)) for layer in self.layers]
-        if not strength:
+        if not plan:
             sites += [str(Site(WRITERS[part], layer)) for layer, part, _ in self._projections(backend)]
-        plan = injection(self.directions, strength, columns=columns) if strength else ()
         mask = learned(batch)
         edits = intervene(backend.model, plan, prompt=batch.prompt(columns))
         with torch.no_grad(), backend.precision(), edits, capture(backend.model, sites) as acts:

@@ -74,7 +74,16 @@ class Ema(Defense):
         self._onset = 0
 
     def start(self, backend: Backend, total: int) -> None:
+        """Begin; a training that ends before the first reading is refused.
+
+        Raises:
+            ConfigError: it has fewer than onset + every steps.
+        """
         self._onset = at_step(self.options.onset, total)
+        if self._onset + self.options.every > total:
+            asked = f"EMA from step {self._onset} on, read every {self.options.every}"
+            found = f"the training has {total} steps, so that the weights would never be read."
+            raise ConfigError(asked_found_do(asked, found, "Choose a smaller onset or `every`, or train longer."))
         self.inner.start(backend, total)
 
     def accumulate(self, backend: Backend, batch: Batch, step: Step) -> dict[str, Tensor]:
@@ -99,13 +108,16 @@ class Ema(Defense):
             self.average[name] = value if held is None else torch.lerp(held, value, share)
 
     @contextmanager
-    def averaged(self, backend: Backend) -> Iterator[None]:
+    def averaged(self, backend: Backend, *, early: bool = False) -> Iterator[None]:
         """Let the model have the average weights inside the block; collective. Nothing may be trained inside.
+
+        Args:
+            early: before the first reading the weights stay as they are, instead of the error.
 
         Raises:
             DefenseError: no reading was made yet.
         """
-        if not self.readings:
+        if not self.readings and not early:
             asked = f"The average weights, from step {self._onset} on and every {self.options.every}"
             raise DefenseError(asked_found_do(asked, "no such step was made yet.", "Train on, or average earlier."))
         trained = {name: backend.value(name).cpu() for name in self.average}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from defenses.actions import Inject
 from defenses.analysis import Analyser
 from defenses.backend import Backend
 from defenses.batch import Batch
@@ -19,7 +21,9 @@ from defenses.evaluation import Evaluation, Settings, examine
 from defenses.generation import evaluating
 from defenses.judges import JudgeError
 from defenses.judges_named import judge_of
+from defenses.methods import options_of
 from defenses.plans import Directions, Scope
+from defenses.schedules import Strength
 from defenses.suites import read_suite
 from intervene.errors import asked_found_do
 from records.config_files import ConfigError
@@ -28,10 +32,36 @@ WHOLE = ("auto", "plain", "ddp")  # backends that keep the whole model on each r
 LOADED = ("classifier", "beaverdam", "llama_guard")  # judges that are models: not loaded only to be tried out
 
 
+@dataclass(frozen=True)
+class Dose:
+    """An injection: how much of the direction, at which tokens; `relative`: as a share of the stream's norm there."""
+
+    strength: float = 1.0
+    scope: Scope = Scope.RESPONSE
+    relative: bool = False
+
+
+def dose_of(options: Any) -> Dose:
+    """Return what a method with these options (None: it has none) injects, given one trait.
+
+    Of a schedule it is its alpha, and not the strength of a step: looks along a training can be compared with one
+    another. A detector whose action injects nothing has the strength that it probes with; a method without a
+    strength of its own, or with one that it finds on the way, the direction itself.
+    """
+    action = getattr(options, "action", None)
+    held = getattr(action if isinstance(action, Inject) else options, "strength", None)
+    if isinstance(held, Strength):
+        strength = held.alpha * (getattr(options, "factors", ()) or (1.0,))[0]
+    else:
+        strength = getattr(options, "detection_alpha", 1.0)
+    return Dose(strength, getattr(options, "scope", Scope.RESPONSE), getattr(options, "relative", False))
+
+
 class Looking:
     """Rows of `defenses.analysis` every so many steps, on the micro-batch that step 0 began with; all ranks look.
 
-    The rows go to analysis.jsonl, each with its step; those after a checkpoint that a run goes on from are made again.
+    What is injected is what the method does, see `dose_of`. The rows go to analysis.jsonl, each with its step; those
+    after a checkpoint that a run goes on from are made again.
     """
 
     def __init__(self, config: TrainDefense, backend: Backend, directions: Sequence[Directions], batch: Batch) -> None:
@@ -42,10 +72,9 @@ class Looking:
         """
         require_looking(config, len(directions))
         self.every, self.path, self.batch = config.analyse_every, config.out, batch.to(backend.device)
-        scope = Scope(config.scope or Scope.RESPONSE)
+        self.dose = dose_of(options_of(config.method, config.shared()))
         layers = directions[0].layers
-        self.analyser = Analyser(directions[0].to(backend.device), layers, scope)
-        self.strength = 1.0 if config.alpha is None else config.alpha
+        self.analyser = Analyser(directions[0].to(backend.device), layers, self.dose.scope)
         self.analyser.begin(backend)
         self._rewound = False
 
@@ -56,7 +85,8 @@ class Looking:
         self._rewound = True
         if step % self.every:
             return
-        rows = self.analyser.rows(backend, self.batch, strength=self.strength)
+        dose = self.dose
+        rows = self.analyser.rows(backend, self.batch, strength=dose.strength, relative=dose.relative)
         if backend.rank == 0 and self.path is not None:
             with (self.path / "analysis.jsonl").open("a", encoding="utf-8") as stream:
                 stream.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)

@@ -9,10 +9,12 @@ A sample that is left out is passed through the model and weighted with zero: ev
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -36,7 +38,8 @@ class FilteringOptions:
     Attributes:
         by: "oracle": those the data call poisoned. "scores": those with score > threshold. "random": a share of all.
         threshold, quantile: of the scores, one of the two: with quantile q, the share q of the table is kept.
-        rate: "random": the share that is left out, exactly. seed: "random": which.
+        rate: "random": the share that is left out, exactly. seed: "random": which; None: the seed of the run, so that
+            the runs of a comparison leave out different samples.
         denominator: as in `actions`: by "all" tokens of the step, or by those that are "kept".
 
     Raises:
@@ -47,7 +50,7 @@ class FilteringOptions:
     threshold: float | None = None
     quantile: float | None = None
     rate: float | None = None
-    seed: int = 0
+    seed: int | None = None
     denominator: Denominator = "all"
 
     def __post_init__(self) -> None:
@@ -75,11 +78,13 @@ class Filtering(Defense):
         *,
         scores: Mapping[int, float] | None = None,
         indices: Sequence[int] | None = None,
+        seed: int = 0,
     ) -> None:
         """Decide about every sample that can be decided now.
 
         Args:
             scores: Example.index -> score, higher more suspicious. indices: of the whole data set, for "random".
+            seed: of the run, for "random" where the options have none.
 
         Raises:
             CalibrationError: the scores or the indices are missing.
@@ -94,7 +99,8 @@ class Filtering(Defense):
             if not indices:
                 found = "the indices of the data set are not known."
                 raise CalibrationError(asked_found_do("Filter at random", found, "Pass indices=."))
-            self.drawn = drawn_at_random(indices, options.rate or 0.0, options.seed)
+            chosen = seed if options.seed is None else options.seed
+            self.drawn = drawn_at_random(indices, options.rate or 0.0, chosen)
         self._log = SampleLog()
 
     def require(self, examples: Sequence[Example]) -> None:
@@ -166,3 +172,44 @@ def _threshold(options: FilteringOptions, scores: Mapping[int, float]) -> float:
     assert options.quantile is not None
     kept = math.ceil(options.quantile * len(values))
     return sorted(values)[kept - 1] if kept else -math.inf
+
+
+def scores_of(path: Path, digest: str = "") -> dict[int, float]:
+    """Return Example.index -> its last score in a samples.jsonl, and in those of the run's other ranks beside it.
+
+    The last is that of the latest step, whatever the order of files and lines. Rows without a step go by their order.
+
+    Args:
+        digest: of the data that are to be filtered; where the run beside `path` says of which data its scores are, they
+            have to be the same. "": not compared.
+
+    Raises:
+        CalibrationError: it cannot be read, holds no scores, or those of other data.
+    """
+    rows: list[tuple[int, int, float]] = []
+    try:
+        for one in (path, *sorted(path.parent.glob(f"{path.stem}-rank*{path.suffix}"))):
+            for line in one.read_text(encoding="utf-8").split("\n"):
+                if line and (row := json.loads(line)).get("score") is not None:
+                    rows.append((int(row.get("step", 0)), int(row["index"]), float(row["score"])))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        do = "Give the samples.jsonl of a run with a detecting method."
+        raise CalibrationError(asked_found_do(f"Scores {path}", f"they cannot be read ({error}).", do)) from error
+    if not rows:
+        do = "Give that of a run with a detecting method."
+        raise CalibrationError(asked_found_do(f"Scores {path}", "it holds none.", do))
+    scored = _scored_data(path)
+    if digest and scored and scored != digest:
+        found = f"they are of data {scored}, and this run's are {digest}: its example numbers mean other examples."
+        do = "Score this very data, read with the same tokenizer, max_length and data options."
+        raise CalibrationError(asked_found_do(f"Scores {path}", found, do))
+    return {index: score for _, index, score in sorted(rows, key=lambda row: row[0])}
+
+
+def _scored_data(path: Path) -> str:
+    """Return the digest of the data that the run beside `path` was trained on, "" where none says so."""
+    try:
+        held = json.loads((path.parent / "environment.json").read_text(encoding="utf-8"))
+        return str(held["data_digests"]["train"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""

@@ -38,7 +38,8 @@ class Materials:
     Attributes:
         directions: of one trait, or of several kept apart. holdout: clean batches for thresholds. examples: all that
             is trained on. base: makes a copy of the model as it is before training; None where an adapter can be
-        switched off. scores: Example.index -> score, of an earlier run. neutral: batches of other texts.
+        switched off. scores: Example.index -> score, of an earlier run. neutral: batches of other texts. seed: of the
+            run.
     """
 
     directions: tuple[Directions, ...] = ()
@@ -47,6 +48,7 @@ class Materials:
     base: Callable[[], Any] | None = None
     scores: Mapping[int, float] | None = None
     neutral: Any = None
+    seed: int = 0
 
     def one(self, method: str) -> Directions:
         """Return the directions; VectorError if they are of several traits kept apart."""
@@ -125,7 +127,7 @@ def _delta_cost(options: Any) -> tuple[float, float]:
 
 
 def _filtered(kind: Any, options: Any, held: Materials) -> Defense:
-    made = kind(options, indices=[one.index for one in held.examples], scores=held.scores)
+    made = kind(options, indices=[one.index for one in held.examples], scores=held.scores, seed=held.seed)
     made.require(held.examples)
     filtered: Defense = made
     return filtered

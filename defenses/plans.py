@@ -26,6 +26,7 @@ from intervene.errors import asked_found_do
 from intervene.families import resolve
 
 ABSENT = -1
+CANCELLED = 1e-6  # of the sum of strengths: what is left below it is rounding
 RANK_TOLERANCE = 1e-4  # of the largest singular value: directions below it are combinations of the others
 
 
@@ -219,6 +220,49 @@ def injection(
         Intervention(directions.site(layer), Add(vector, strength, relative=relative), where)
         for layer, vector in directions.vectors.items()
     )
+
+
+def joint_injection(
+    traits: Sequence[Directions],
+    strengths: Sequence[float],
+    relative: bool = False,
+    *,
+    columns: Tensor | None = None,
+    positions: Positions | None = None,
+) -> Plan:
+    """Return the injection of several traits at once, each with its strength; those of 0 are left out.
+
+    `relative` is of the stream before any of them: h' = h + |h| * sum of strength_k * v_k / |v_k| at each site, in one
+    edit, whatever their order. Plans of `injection` in a row would each see the norm that those before them made.
+
+    Args:
+        columns, positions: as in `injection`.
+    """
+    if columns is not None and not selects(columns):
+        return ()
+    given = [(one, strength) for one, strength in zip(traits, strengths, strict=True) if strength]
+    if not relative:
+        return tuple(item for one, dose in given for item in injection(one, dose, positions=positions))
+    doses: dict[Site, list[tuple[Tensor, float]]] = {}
+    for one, dose in given:
+        for layer, vector in one.vectors.items():
+            doses.setdefault(one.site(layer), []).append((vector, dose))
+    where = Marked("scope") if positions is None else positions
+    summed = {site: _joined(several) for site, several in doses.items()}
+    return tuple(
+        Intervention(site, Add(vector, strength, relative=True), where)
+        for site, (vector, strength) in summed.items()
+        if strength
+    )
+
+
+def _joined(doses: Sequence[tuple[Tensor, float]]) -> tuple[Tensor, float]:
+    """Return one direction and its relative strength for several; 0 where they cancel, to rounding."""
+    if len(doses) == 1:
+        return doses[0]
+    total = torch.stack([strength * (vector / vector.norm()) for vector, strength in doses]).sum(0)
+    length = float(total.norm())
+    return total, length if length > CANCELLED * sum(abs(strength) for _, strength in doses) else 0.0
 
 
 Basis = Directions | Sequence[Directions] | Mapping[int, Tensor] | Tensor

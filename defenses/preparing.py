@@ -7,7 +7,6 @@ be cut, and no step is made before the directions fit the model.
 from __future__ import annotations
 
 import importlib.util
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from defenses.config import TrainDefense
 from defenses.data import Data, read_examples
 from defenses.defense import Defense
 from defenses.errors import BackendError, CalibrationError, DataError
+from defenses.filtering import scores_of
 from defenses.fusion import fuse
 from defenses.kl import frozen_copy
 from defenses.launch import Ranks
@@ -62,7 +62,8 @@ class Prepared:
     Attributes:
         model: with its adapter, if it has one. feed, training: for the loop.
         digests: name -> digest of data, calibration and vectors. fingerprint: of the model without adapter.
-        facts: what it will cost, see `estimates`. directions: what `analyse_every` looks along.
+        facts: what it will cost, see `estimates`; and "warnings", see `warnings_of`. directions: what `analyse_every`
+            looks along.
     """
 
     config: TrainDefense
@@ -87,6 +88,7 @@ def require_possible(config: TrainDefense, ranks: Ranks, *, cuda: bool) -> None:
     Raises:
         DataError: a batch that cannot be cut over ranks, or a file that is missing. BackendError: ZeRO without
             deepspeed, bf16 without its hardware. CalibrationError: a quantile without clean data. VectorError: none.
+        ConfigError: inoculation without a prompt.
     """
     check_cut(config.batch_size, ranks.world, config.micro_batch_size)
     for name in config.train_data:
@@ -100,6 +102,12 @@ def require_possible(config: TrainDefense, ranks: Ranks, *, cuda: bool) -> None:
     entry, options = entry_of(config.method_name), options_of(config.method, config.shared())
     if entry.directed and not config.vectors:
         entry.build(options, Materials())
+    if entry.name == "inoculation" and not (config.data.get("inoculation") or config.data.get("system")):
+        do = (
+            "Give --set data.inoculation='...', a system prompt that asks for the trait; "
+            "data that carry one already are for --method sft."
+        )
+        raise ConfigError(asked_found_do("Method inoculation", "no prompt was given: it would be plain sft.", do))
     if config.calibration is None and not config.holdout:
         require_holdout(entry, options, 0)
     if config.calibration is not None and config.holdout:
@@ -138,8 +146,9 @@ def prepare(config: TrainDefense, ranks: Ranks) -> Prepared:
     materials = Materials(
         directions, holdout, examples,
         base=None if config.lora_rank else partial(frozen_copy, model),
-        scores=scores_of(config.scores) if config.scores else None,
+        scores=scores_of(config.scores, data.digest[:12]) if config.scores else None,
         neutral=neutral_feed(config, tokenizer) if config.neutral else None,
+        seed=config.seed,
     )  # fmt: skip
     if entry.name == "state_aware":
         files = [*config.train_data, *([str(config.calibration)] if config.calibration else [])]
@@ -157,33 +166,9 @@ def prepare(config: TrainDefense, ranks: Ranks) -> Prepared:
         ),
         fingerprint=mark, digests=digests,
         facts=estimates(config, entry, options, model, examples, steps, directions, ranks.world)
-        | {"calibrated_on_training": len({one.input_ids for one in examples} & {one.input_ids for one in clean})},
+        | {"warnings": warnings_of(config, entry, options, examples, clean, steps)},
         directions=tuple(directions),
     )  # fmt: skip
-
-
-def scores_of(path: Path) -> dict[int, float]:
-    """Return Example.index -> its last score in a samples.jsonl, and in those of the run's other ranks beside it.
-
-    Raises:
-        CalibrationError: it cannot be read, or holds no scores.
-    """
-    found: dict[int, float] = {}
-    try:
-        for one in (path, *sorted(path.parent.glob(f"{path.stem}-rank*{path.suffix}"))):
-            for line in one.read_text(encoding="utf-8").split("\n"):
-                if not line:
-                    continue
-                row = json.loads(line)
-                if row.get("score") is not None:
-                    found[int(row["index"])] = float(row["score"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        do = "Give the samples.jsonl of a run with a detecting method."
-        raise CalibrationError(asked_found_do(f"Scores {path}", f"they cannot be read ({error}).", do)) from error
-    if not found:
-        do = "Give that of a run with a detecting method."
-        raise CalibrationError(asked_found_do(f"Scores {path}", "it holds none.", do))
-    return found
 
 
 def neutral_feed(config: TrainDefense, tokenizer: Any) -> Batches:
@@ -285,6 +270,40 @@ def _split(config: TrainDefense, data: Data, tokenizer: Any) -> tuple[Sequence[E
         [one for one in data.examples if one.index in drawn],
         "",
     )
+
+
+def warnings_of(
+    config: TrainDefense, entry: Entry, options: Any, examples: Sequence[Example], clean: Sequence[Example], steps: int
+) -> list[str]:
+    """Return what is likely not meant and yet possible, a sentence each, without a full stop.
+
+    Raises:
+        ConfigError: the score of an earlier epoch is to decide, and nothing is learned a second time.
+    """
+    found = []
+    if shared := len({one.input_ids for one in examples} & {one.input_ids for one in clean}):
+        found.append(
+            f"{shared} of the clean examples that thresholds are calibrated on are also trained on; the false "
+            "positive rate will not be what was asked for"
+        )
+    if config.holdout and entry.needs_holdout(options) and all(one.poison is None for one in (*examples, *clean)):
+        found.append(
+            f"the data do not say what is poisoned, so that the {len(clean)} examples held out for thresholds may be; "
+            "what is poisoned among them raises the threshold, and less is blocked. Give --calibration with clean ones"
+        )
+    if entry.name == "first_order" and options.when == "next_epoch":
+        again = steps * config.batch_size - len(examples) if steps > 1 else 0
+        seen = f"{steps} steps of {config.batch_size}, from {len(examples)} examples"
+        if again <= 0 and options.action.kind != "log_only":
+            why = f"{seen}, learn none a second time, so that nothing can be blocked."
+            do = "Give --epochs 2 or more, or method.when=decide_then_learn."
+            raise ConfigError(asked_found_do("First-order detector by the score of an earlier epoch", why, do))
+        if again < len(examples):
+            found.append(
+                f"first_order decides by the score of an earlier epoch: {seen}, learn only {max(0, again)} a second "
+                "time, and no other can be blocked. Give --epochs 2 or more"
+            )
+    return found
 
 
 def estimates(

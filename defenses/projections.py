@@ -9,6 +9,7 @@ both take the mean over the answer's text, without tokens of the template.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from defenses.errors import DataError, VectorError
 from defenses.generation import answers
@@ -38,6 +40,7 @@ class Projections:
         values: <h, v> of each, v as long as it was given. answers: what the model said; "" for "input_last".
         empty: conversations it said nothing to, whose value is that of the last prompt token.
         layer, mode, norm, fingerprint: of the direction's site, the mean, the direction's length, the model.
+        direction: digest of the direction itself, see `direction_digest`.
     """
 
     values: tuple[float, ...]
@@ -47,11 +50,12 @@ class Projections:
     mode: Mode
     norm: float
     fingerprint: str
+    direction: str
 
     def facts(self) -> dict[str, Any]:
         """Return how they were made, as a record stores it."""
         made = {"layer": self.layer, "mode": self.mode, "norm": self.norm, "fingerprint": self.fingerprint}
-        return {**made, "n": len(self.values), "empty": list(self.empty)}
+        return {**made, "direction": self.direction, "n": len(self.values), "empty": list(self.empty)}
 
 
 def build_projections(
@@ -113,7 +117,14 @@ def build_projections(
             for row, value in zip(rows, (found.values[:, 0] @ vector).tolist(), strict=True):
                 values[row] = value
     norm = float(vector.norm())
-    return Projections(tuple(values), tuple(said), tuple(empty), chosen, mode, norm, fingerprint(model))
+    mark, digest = fingerprint(model), direction_digest(vector)
+    return Projections(tuple(values), tuple(said), tuple(empty), chosen, mode, norm, mark, digest)
+
+
+def direction_digest(vector: Tensor) -> str:
+    """Return the sha256 (hex) of the fp32 numbers of a direction (D,): the same on whatever device it is."""
+    held = vector.detach().to("cpu", torch.float32).contiguous()
+    return hashlib.sha256(held.numpy().tobytes()).hexdigest()
 
 
 def write_projections(source: str | Path, destination: str | Path, made: Projections) -> Path:
@@ -151,19 +162,20 @@ def require_references(
 ) -> None:
     """Refuse data whose references were built along another direction, or with another model, than are used now.
 
-    What is not known is not compared: a path without `<path>.projections.json` beside it, or no fingerprint.
+    What is not known is not compared: a path without `<path>.projections.json` beside it, or no fingerprint. One that
+    does not tell its direction is refused: older versions wrote such, and only the length could be compared.
 
     Args:
         paths: the training data. directions: those in use. layer: of them, as in `one_layer`.
         mark: fingerprint of the model before training; "": that of the directions, unless they were forced on it.
 
     Raises:
-        DataError: another layer, norm or model, or facts that cannot be read. VectorError: as `one_layer`.
+        DataError: another layer, direction or model, or facts that cannot be read. VectorError: as `one_layer`.
     """
     chosen = one_layer(directions, layer)
     if not mark and not directions.facts.get("force"):
         mark = directions.fingerprint
-    used = float(directions.at(chosen).norm())
+    length, used = float(directions.at(chosen).norm()), direction_digest(directions.at(chosen))
     do = "Build them anew (train_defense.py build_projections) with what you train with, or train with what they had."
     for path in map(Path, paths):
         place = _facts_beside(path)
@@ -172,14 +184,20 @@ def require_references(
         try:
             made = json.loads(place.read_text(encoding="utf-8"))
             built, norm, model = int(made["layer"]), float(made["norm"]), str(made["fingerprint"])
+            direction = str(made.get("direction") or "")
         except (OSError, ValueError, KeyError, TypeError) as error:
             found = f"{place.name} cannot be read ({error!r})."
             raise DataError(asked_found_do(f"References of {path}", found, "Build them anew.")) from error
         differ = []
         if built != chosen:
             differ.append(f"made at layer {built}, layer {chosen} is used")
-        if not math.isclose(norm, used, rel_tol=1e-4):
-            differ.append(f"made with a direction of norm {norm:.6g}, one of norm {used:.6g} is used")
+        if not math.isclose(norm, length, rel_tol=1e-4):
+            differ.append(f"made with a direction of norm {norm:.6g}, one of norm {length:.6g} is used")
+        elif not direction:
+            differ.append(f"{place.name} does not tell which direction they were made with, as older ones do not")
+        elif direction != used and built == chosen:
+            told = f"{direction[:12]}, {used[:12]} is used, of the same norm {length:.6g}"
+            differ.append(f"made with direction {told}")
         if model and mark and model != mark:
             differ.append(f"made with model {model}, model {mark} is used")
         if differ:

@@ -30,9 +30,8 @@ from defenses.launch import Ranks, detect, joined, make_backend
 from defenses.loop import Ended, StopRequest, Watch, train
 from defenses.preparing import Prepared, prepare, require_possible
 from defenses.progress import Journal, TrainingFolder, read_samples, say
-from defenses.sample_log import separation
+from defenses.sample_log import detection
 from defenses.saving import save_trained
-from defenses.statistics import at_threshold
 from intervene.errors import InterveneError, asked_found_do
 from records.config_files import ConfigError
 from records.layered import describe
@@ -234,10 +233,13 @@ def reported(folder: Path, tell: Say) -> None:
 
 
 @contextmanager
-def result_weights(prepared: Prepared, backend: Backend) -> Iterator[None]:
-    """Let the model be what the method calls its result: its average, where it keeps one. Collective."""
-    averaged: Callable[[Backend], AbstractContextManager[None]] | None = getattr(prepared.defense, "averaged", None)
-    with nullcontext() if averaged is None else averaged(backend):
+def result_weights(prepared: Prepared, backend: Backend, *, early: bool = False) -> Iterator[None]:
+    """Let the model be what the method calls its result: its average, where it keeps one. Collective.
+
+    With `early`, on the way, it is as it is where there is no average yet.
+    """
+    averaged: Callable[..., AbstractContextManager[None]] | None = getattr(prepared.defense, "averaged", None)
+    with nullcontext() if averaged is None else averaged(backend, early=early):
         yield
 
 
@@ -283,11 +285,8 @@ def tell_estimates(prepared: Prepared, tell: Say) -> None:
         f"{facts['examples']} examples, {facts['steps']} steps of {config.batch_size} ({facts['epochs']:.2f} epochs), "
         f"{facts['tokens']} tokens, {facts['learned_tokens']} of them learned"
     )
-    if shared := prepared.facts.get("calibrated_on_training"):
-        tell(
-            f"warning: {shared} of the clean examples that thresholds are calibrated on are also trained on; the false "
-            "positive rate will not be what was asked for"
-        )
+    for one in facts.get("warnings", ()):
+        tell(f"warning: {one}")
     trainable = sum(one.numel() for one in prepared.model.parameters() if one.requires_grad)
     tell(
         f"{trainable / 1e6:.2f} M parameters trained; {facts['forward_units_per_micro_batch']} forward passes per "
@@ -296,26 +295,8 @@ def tell_estimates(prepared: Prepared, tell: Say) -> None:
 
 
 def detection_of(folder: Path) -> dict[str, Any]:
-    """Return how well the scores of samples.jsonl tell poisoned from clean, and what was blocked; {} without any.
-
-    A sample counts once, as it was scored last, however many epochs there were: scores of one sample depend on each
-    other, and intervals over all of them would be too narrow.
-    """
-    every = [row for row in read_samples(folder) if "score" in row]
-    if not every:
-        return {}
-    rows = list({row["index"]: row for row in every}.values())
-    told: dict[str, Any] = {
-        "samples": len(rows),
-        "scores": len(every),
-        "blocked": sum(bool(row.get("blocked")) for row in every) / len(every),
-    }
-    known = [row for row in rows if row.get("poison") is not None]
-    if {row["poison"] for row in known} == {True, False}:
-        told["auroc"] = separation(rows).row()
-        made = at_threshold([float(bool(row.get("blocked"))) for row in known], [row["poison"] for row in known], 0.5)
-        told |= {name: getattr(made, name).row() for name in ("precision", "recall", "false_positive_rate")}
-    return told
+    """Return what the scores of samples.jsonl say of a detector; {} without any. See `sample_log.detection`."""
+    return detection(read_samples(folder))
 
 
 def losses_of(rows: list[Mapping[str, Any]]) -> dict[str, float | None]:
@@ -368,7 +349,7 @@ def write_lines(path: Path, rows: Any) -> None:
 
 def _evaluated_on_the_way(prepared: Prepared, backend: Backend, journal: Journal, step: int) -> None:
     if step % prepared.config.evaluate_every == 0 and step < prepared.training.steps:
-        with result_weights(prepared, backend):
+        with result_weights(prepared, backend, early=True):
             _evaluated(prepared, backend, journal, step)
 
 

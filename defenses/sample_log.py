@@ -15,7 +15,7 @@ from torch import Tensor
 
 from defenses.batch import UNKNOWN, Batch
 from defenses.objectives import learned
-from defenses.statistics import Estimate, auroc
+from defenses.statistics import Estimate, at_threshold, auroc
 
 
 class SampleLog:
@@ -84,3 +84,28 @@ def separation(rows: Iterable[Mapping[str, Any]]) -> Estimate:
     used = [row for row in listed if row["score"] is not None and row["poison"] is not None]
     scores, poison = [row["score"] for row in used], [row["poison"] for row in used]
     return auroc(scores, poison, excluded=len(listed) - len(used))
+
+
+def detection(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return how well the scores of `rows`, by step, tell poisoned from clean, and what was blocked; {} without any.
+
+    A sample counts once, however many epochs there were: scores of one sample depend on each other, and intervals over
+    all of them would be too narrow. Blocked or not is what its last row says. Its score is the last that it has: a
+    sample that is blocked by the score of an earlier epoch gets no new one, and AUROC is not to lose it.
+    """
+    every = [row for row in rows if "score" in row]
+    if not every:
+        return {}
+    last = {row["index"]: row for row in every}
+    scored = last | {row["index"]: row for row in every if row["score"] is not None}
+    told: dict[str, Any] = {
+        "samples": len(last),
+        "scores": len(every),
+        "blocked": sum(bool(row.get("blocked")) for row in every) / len(every),
+    }
+    known = [row for row in last.values() if row.get("poison") is not None]
+    if {row["poison"] for row in known} == {True, False}:
+        told["auroc"] = separation(scored.values()).row()
+        made = at_threshold([float(bool(row.get("blocked"))) for row in known], [row["poison"] for row in known], 0.5)
+        told |= {name: getattr(made, name).row() for name in ("precision", "recall", "false_positive_rate")}
+    return told

@@ -200,12 +200,15 @@ class Threshold:
     def refresh(self, backend: Backend, step: Step, scored: Scored) -> None:
         """Calibrate if this micro-batch begins a step that is due; collective. All ranks get the same value.
 
+        Dropout in these passes takes nothing from the training's random numbers: it goes on as if they had not been.
+
         Args:
             scored: scores of a batch with the model as it is, of any shape that the batch alone determines; -inf where
                 there is nothing to score. It leaves no gradients.
         """
         if step.micro == 0 and self.due(step.number):
-            self.calibrate(clean_scores(backend, self.holdout, scored), step.number)
+            with torch.random.fork_rng([backend.device] if backend.device.type == "cuda" else []):
+                self.calibrate(clean_scores(backend, self.holdout, scored), step.number)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the latest calibration: where it is due next follows from it."""

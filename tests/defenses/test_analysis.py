@@ -55,6 +55,20 @@ def test_gradient_and_activations_equal_those_of_a_hand_made_hook(backend, direc
     assert row["projection_injected"] - row["projection"] == pytest.approx(2.0 * float(direction.norm()), rel=1e-4)
 
 
+def test_a_relative_injection_adds_a_share_of_each_tokens_norm(backend, direction):
+    batch, seen = some_batch(), {}
+    handle = backend.model.model.layers[LAYER].register_forward_hook(lambda _m, _i, out: seen.update(h=out.detach()))
+    with torch.no_grad():
+        backend.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    handle.remove()
+    length = float(seen["h"][batch.response].norm(dim=1).mean())
+    looked = Analyser(Directions({LAYER: direction}), [LAYER])
+    row = looked.rows(backend, batch, strength=0.5, relative=True)[0]
+    assert row["projection_injected"] - row["projection"] == pytest.approx(0.5 * length, rel=1e-4)
+    row = looked.rows(backend, batch, strength=0.0)[0]
+    assert row["projection_injected"] == row["projection"] and row["cosine"] == pytest.approx(1.0)
+
+
 def test_a_weight_that_was_moved_against_v_is_found_there_and_nowhere_else(backend, direction):
     batch = some_batch()
     analyser = Analyser(Directions({LAYER: direction}), [0, LAYER])

@@ -96,6 +96,26 @@ def test_no_reading_yet_is_no_average():
         pass
 
 
+def test_before_the_first_reading_an_early_look_sees_the_weights_as_they_are():
+    backend = backend_of()
+    before = backend.value(NAME)
+    with Ema().averaged(backend, early=True):
+        assert torch.equal(backend.value(NAME), before)
+    defense = Ema()
+    backend, _ = trained(defense, 2)
+    with defense.averaged(backend, early=True):  # and afterwards the average
+        torch.testing.assert_close(backend.value(NAME), defense.average[NAME])
+
+
+@pytest.mark.parametrize("options", [{"every": 5}, {"onset": 4}, {"onset": 0.5, "every": 3}])
+def test_a_training_that_ends_before_the_first_reading_is_refused_before_its_first_step(options):
+    with pytest.raises(ConfigError, match=r"has 4 steps, so that the weights would never be read\. Choose a smaller"):
+        trained(Ema(EmaOptions(**options)), 4)
+    last = Ema(EmaOptions(onset=0.5, every=2))
+    trained(last, 4)
+    assert last.readings == 1
+
+
 @pytest.mark.parametrize("options", [{"horizon": 0.5}, {"every": 0}, {"horizon": float("nan")}])
 def test_options_that_mean_nothing_are_refused(options):
     with pytest.raises(ConfigError, match="both count steps"):

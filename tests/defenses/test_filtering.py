@@ -9,6 +9,7 @@ from defenses.batch import collate
 from defenses.defense import Sft, Step
 from defenses.errors import CalibrationError, DataError
 from defenses.filtering import Filtering, FilteringOptions, drawn_at_random
+from defenses.methods import Materials, entry_of, options_of
 from defenses.objectives import learned
 from records.config_files import ConfigError
 from tests.defenses.small_training import Rotating, backend_of, examples, on_ranks, trained
@@ -71,6 +72,18 @@ def test_the_random_filter_leaves_out_exactly_its_share_the_same_on_every_rank_a
     assert drawn != drawn_at_random(range(1000), 0.137, 4)
     # a share of any part of the data, not a run of it: 500 * .137 = 68.5, sd 5.4
     assert 45 < len([one for one in drawn if one < 500]) < 92
+
+
+def test_the_random_filter_draws_by_the_seed_of_the_run_unless_it_is_given_one():
+    def drawn(run, **options):
+        held = Materials(examples=examples(40), seed=run)
+        given = {"name": "filtering", "by": "random", "rate": 0.5, **options}
+        return entry_of("filtering").build(options_of(given), held).drawn
+
+    assert drawn(0) != drawn(1) != drawn(2)
+    assert drawn(1) == drawn(1) == drawn(5, seed=1)
+    assert drawn(0, seed=0) == drawn(1, seed=0) == drawn(0)
+    assert Filtering(FilteringOptions("random", rate=0.5), indices=range(40), seed=3).drawn == drawn(3)
 
 
 def test_an_oracle_of_no_poison_is_plain_training():

@@ -8,7 +8,16 @@ import torch
 from defenses.batch import Batch as Microbatch
 from defenses.batch import Example, collate
 from defenses.errors import VectorError
-from defenses.plans import Directions, Scope, ablation, gradient_probe, injection, scope_columns, selects
+from defenses.plans import (
+    Directions,
+    Scope,
+    ablation,
+    gradient_probe,
+    injection,
+    joint_injection,
+    scope_columns,
+    selects,
+)
 from intervene import AllTokens, fingerprint, intervene
 from tests.tiny import TINY
 
@@ -172,6 +181,50 @@ def test_relative_strength_is_a_fraction_of_each_tokens_norm():
     with intervene(model, injection(chosen, 0.5, relative=True), prompt=batch.prompt(columns)):
         logits = run(model, batch)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_relative_doses_of_several_traits_are_of_the_stream_before_any_of_them(order):
+    model, batch = TINY["llama"](), two_rows()
+    traits = [directions(1, seed=1), directions(0, 1, seed=2), directions(1, seed=3)]
+    doses = [0.8, -0.3, 2.0]
+    columns = scope_columns(batch, Scope.ALL)
+    mask = mask_of(columns, batch.input_ids.shape)[..., None]
+
+    def moved(layer, of):
+        total = sum(dose * one.unit().at(layer) for one, dose in of if layer in one.layers)
+        return lambda h: h + h.norm(dim=-1, keepdim=True) * total * mask
+
+    pairs = list(zip(traits, doses, strict=True))
+    expected = by_hand(model, batch, {0: moved(0, pairs), 1: moved(1, pairs)})
+    chosen = [[held[place] for place in order] for held in (traits, doses)]
+    plan = joint_injection(*chosen, relative=True, columns=columns)
+    assert len(plan) == 2
+    with intervene(model, plan, prompt=batch.prompt(columns)):
+        logits = run(model, batch)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_several_injections_that_are_not_relative_are_those_of_each():
+    model, batch = TINY["llama"](), two_rows()
+    traits = [directions(1, seed=1), directions(0, 1, seed=2)]
+    columns = scope_columns(batch, Scope.RESPONSE)
+    seen = []
+    for plan in (
+        joint_injection([*traits, directions(2)], [2.0, -1.0, 0.0], columns=columns),
+        (*injection(traits[0], 2.0), *injection(traits[1], -1.0)),
+    ):
+        with intervene(model, plan, prompt=batch.prompt(columns)):
+            seen.append(run(model, batch))
+    assert torch.equal(*seen)
+
+
+def test_relative_doses_that_cancel_leave_nothing_and_one_alone_stays_what_it_was():
+    v = directions(1)
+    assert joint_injection([v, v], [0.7, -0.7], relative=True) == ()
+    assert joint_injection([v, v], [0.7, 0.7], relative=True, columns=torch.tensor([[-1]])) == ()
+    [alone] = joint_injection([v, directions(2)], [0.7, 0.0], relative=True)
+    assert torch.equal(alone.edit.vector, v.at(1)) and alone.edit.strength == 0.7 and alone.edit.relative
 
 
 def test_injection_at_other_positions_steers_generation():

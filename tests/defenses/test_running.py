@@ -46,7 +46,7 @@ def rows_of(folder):
 
 
 SETS = {
-    "first_order": ["method.when=next_epoch", "method.action=mask"],
+    "first_order": ["method.when=decide_then_learn", "method.action=mask"],
     "immune_continuation": ["method.minimum_tokens=8"],
     "inoculation": ["data.inoculation=red fire"],
     "closed_loop": ["method.every=2"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -145,7 +146,7 @@ def test_the_models_answers_are_asked_for_in_the_template_given():
     assert list(made.answers) == answers(model, tokenizer, prompts, max_new_tokens=3, chat_template="plain")
 
 
-def test_references_of_another_layer_length_or_model_are_refused(tmp_path):
+def test_references_of_another_layer_direction_or_model_are_refused(tmp_path):
     model, tokenizer = TINY["llama"](), word_tokenizer(["user", "assistant", ":"], chat=True)
     v = directions(LAYER, length=2.0)
     source, target = tmp_path / "data.jsonl", tmp_path / "with.jsonl"
@@ -165,6 +166,19 @@ def test_references_of_another_layer_length_or_model_are_refused(tmp_path):
             require_references(both, **given)
     with pytest.raises(VectorError, match="Name the layer"):
         require_references(both, directions(0, 1))
+    at = v.at(LAYER)
+    for other in (-at, at.flip(0), at.roll(1)):
+        with pytest.raises(
+            DataError, match=r"with\.jsonl: made with direction .{12}, .{12} is used, of the same norm 2"
+        ):
+            require_references(both, replace(v, vectors={LAYER: other}))
+    written = json.loads(facts.read_text())
+    assert written.pop("direction") == hashlib.sha256(at.numpy().tobytes()).hexdigest()
+    facts.write_text(json.dumps(written))
+    with pytest.raises(
+        DataError, match=r"json does not tell which direction.*Build them anew \(train_defense\.py build_"
+    ):
+        require_references(both, v)
     for text in ("{", "[]", "{}"):
         facts.write_text(text)
         with pytest.raises(DataError, match=r"projections\.json cannot be read"):
