@@ -19,7 +19,7 @@ from defenses.backend import Backend
 from defenses.batch import Batch
 from defenses.defense import Defense, Step, learn
 from defenses.objectives import n_tokens, token_losses
-from defenses.plans import Directions, Scope, injection, scope_columns
+from defenses.plans import Directions, Scope, joint_injection, scope_columns
 from defenses.schedules import Strength
 from intervene import Plan, intervene
 from intervene.errors import asked_found_do
@@ -32,7 +32,7 @@ class InjectionOptions:
 
     Attributes:
         strength: over the training. scope: which tokens. relative: the strength is a fraction of the stream's norm at
-            each token, not a multiple of the direction.
+            each token before any trait is added, not a multiple of the direction.
         factors: of the strength, one per trait, where several are injected; (): 1 each.
     """
 
@@ -82,12 +82,8 @@ class Injection(Defense):
         """Return all traits' injections at `columns` (B, P); of strength 0: none."""
         if strength == 0:
             return ()
-        found: list[Plan] = [
-            injection(trait, strength * factor, self.options.relative, columns=columns)
-            for trait, factor in zip(self.traits, self.factors, strict=True)
-            if factor != 0
-        ]
-        return tuple(item for plan in found for item in plan)
+        doses = [strength * factor for factor in self.factors]
+        return joint_injection(self.traits, doses, self.options.relative, columns=columns)
 
     def accumulate(self, backend: Backend, batch: Batch, step: Step) -> dict[str, Tensor]:
         strength = self.strength(step.number, step.total)

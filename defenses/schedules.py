@@ -14,6 +14,8 @@ from typing import Literal
 from intervene.errors import asked_found_do
 from records.config_files import ConfigError
 
+DOUBLE = 2.0  # where a rise ends, unless told
+
 
 def at_step(when: float, total: int) -> int:
     """Return the optimiser step that `when` means: a share of `total` below 1, else a step.
@@ -68,13 +70,16 @@ class Strength:
     alpha: float = 1.0
     shape: Literal["constant", "rise", "decline", "late"] = "constant"
     onset: float = 0.0
-    end: float = 2.0
+    end: float = DOUBLE
     stop: float | None = None
 
     def __post_init__(self) -> None:
         if self.shape == "constant" and self.onset:
             do = "Give a schedule: rise, decline or late."
             raise ConfigError(asked_found_do(f"Strength with onset {self.onset:g}", "it is constant.", do))
+        if self.shape != "rise" and self.end != DOUBLE:
+            found = f"its schedule is {self.shape}, which has none."
+            raise ConfigError(asked_found_do(f"Strength with end {self.end:g}", found, "Use the schedule rise."))
 
     def at(self, step: int, total: int) -> float:
         """Return the strength in optimiser step `step`, from 0, of `total`.

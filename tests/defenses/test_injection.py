@@ -57,6 +57,15 @@ def test_several_traits_are_kept_separate_each_with_its_factor():
     same_gradients(found, expected)
 
 
+def test_relative_doses_of_several_traits_do_not_depend_on_their_order():
+    first, second = directions(1, seed=1), directions(1, seed=2)
+    found = []
+    for traits, factors in (([first, second], (2.0, 0.5)), ([second, first], (0.5, 2.0))):
+        one = backend()
+        found.append(learned(Injection(traits, options(0.5, relative=True, factors=factors)), one, rows(4))[1])
+    same_gradients(*found)
+
+
 def test_a_rising_strength_follows_its_schedule():
     one, batch, chosen = backend(), rows(3), directions(1)
     rising = Injection(chosen, InjectionOptions(Strength(1.0, "rise", onset=0.5)))

@@ -32,8 +32,8 @@ def test_every_daily_flag_changes_the_option_it_stands_for(name):
     injects = any(place.startswith("action.strength") for place in entry.shared.values())
     for flag, place in entry.shared.items():
         given = {flag: values[flag]}
-        if flag == "onset":
-            given["schedule"] = "rise"  # of a constant nothing sets in
+        if flag in ("onset", "end"):
+            given["schedule"] = "rise"  # a constant has neither
         if place.startswith("action.strength"):
             given["action"] = "inject"
         base = {"name": name, "when": "next_epoch"} if name == "first_order" else {"name": name}

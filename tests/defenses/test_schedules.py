@@ -28,6 +28,13 @@ def test_an_onset_needs_a_schedule_that_sets_in():
         Strength(1.0, onset=0.5)
 
 
+@pytest.mark.parametrize("shape", ["constant", "decline", "late"])
+def test_an_end_needs_a_rise(shape):
+    with pytest.raises(ConfigError, match=rf"Strength with end 5: its schedule is {shape}, .* Use the schedule rise"):
+        Strength(1.0, shape, end=5)
+    assert Strength(1.0, "rise", end=5).end == 5
+
+
 def test_an_onset_after_the_end_is_refused():
     with pytest.raises(ConfigError, match=r"Strength with onset 4: the training has 4 steps\."):
         Strength(1.0, "rise", onset=4).at(0, 4)
