@@ -25,6 +25,7 @@ from defenses.commands import Evaluate, ExtractVectors, ProjectData, carry_out
 from defenses.compare import compare
 from defenses.config import CompareDefenses, TrainDefense, load_config
 from defenses.errors import DefenseError
+from defenses.launch import leave
 from defenses.methods import describe_methods
 from defenses.progress import console, say
 from defenses.running import run
@@ -80,6 +81,7 @@ def command(name: str, kind: type, act: Callable[[Any], int], load: Callable[...
                 say(describe(chosen))
                 return
             status = act(chosen)
+            leave(status)
         if status:
             raise typer.Exit(status)
 

@@ -10,6 +10,7 @@ processes without telling them their ranks is refused: each would train by itsel
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -141,6 +142,18 @@ def joined(ranks: Ranks, *, cuda: bool, timeout: float = TIMEOUT) -> Iterator[Ra
         yield ranks
     finally:
         dist.destroy_process_group()
+
+
+def leave(status: int) -> None:
+    """End this process at once with `status` if it is one of several ranks; else return.
+
+    Threads of gloo and DeepSpeed outlive their group. One that still asks for Python while the interpreter is taken
+    down aborts the process, and the launcher then calls a finished training failed: rare, on a busy machine.
+    """
+    if detect().world > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def require_group(ranks: Ranks) -> None:

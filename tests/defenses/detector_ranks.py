@@ -21,7 +21,7 @@ from defenses.closed_loop import ClosedLoop, ClosedLoopOptions
 from defenses.delta_loss import DeltaLoss, DeltaLossOptions
 from defenses.errors import BackendError
 from defenses.first_order import FirstOrder, FirstOrderOptions
-from defenses.launch import detect, joined, make_backend
+from defenses.launch import detect, joined, leave, make_backend
 from defenses.loop import Training, Watch, train
 from defenses.probe import Probe, ProbeOptions
 from defenses.schedules import Rate, Strength
@@ -106,3 +106,4 @@ def main(folder, kinds):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2].split(","))
+    leave(0)

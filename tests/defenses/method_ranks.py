@@ -19,7 +19,7 @@ from defenses.filtering import Filtering, FilteringOptions
 from defenses.immune_continuation import ImmuneContinuation, ImmuneContinuationOptions
 from defenses.immune_projection import ImmuneProjection, ImmuneProjectionOptions
 from defenses.kl import Kl, KlOptions, frozen_copy
-from defenses.launch import detect, joined, make_backend
+from defenses.launch import detect, joined, leave, make_backend
 from defenses.loop import Training, Watch, train
 from defenses.schedules import Rate, Strength
 from defenses.state_aware import StateAware
@@ -86,3 +86,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -19,7 +19,7 @@ import torch
 
 from defenses.batch import collate
 from defenses.defense import Sft
-from defenses.launch import detect, joined
+from defenses.launch import detect, joined, leave
 from defenses.loop import StopRequest, Training, Watch, train
 from defenses.objectives import token_losses
 from defenses.schedules import Rate
@@ -223,3 +223,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    leave(0)

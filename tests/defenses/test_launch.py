@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from types import ModuleType
 
@@ -12,7 +14,7 @@ import torch.distributed as dist
 from defenses.backend import Optimiser, PlainBackend, Turns
 from defenses.backend_deepspeed import ZeroBackend, engine_settings, loaded
 from defenses.errors import BackendError, CheckpointError
-from defenses.launch import Ranks, detect, joined, make_backend, require_group
+from defenses.launch import Ranks, detect, joined, leave, make_backend, require_group
 from tests.tiny import tiny_model
 
 FULL = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -149,3 +151,13 @@ def test_a_state_goes_back_only_where_it_came_from():
         CheckpointError, match=r"rank 0 of 1 of backend plain: it was left by rank 1 of 2 of backend ddp"
     ):
         backend.load_state({**state, "backend": "ddp", "rank": 1, "world": 2})
+
+
+def test_a_rank_ends_at_once_with_its_status_and_what_it_said():
+    leave(3)  # alone: goes on
+    code = "import atexit; from defenses.launch import leave; atexit.register(print, 'late'); print('said'); leave(3)"
+    for environ, status, said in ((FULL, 3, "said\n"), ({}, 0, "said\nlate\n")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, **environ}, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout) == (status, said)
