@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from defenses.checkpoints import Checkpoints, file_digest
-from defenses.config import FREE_KEYS, PROMPTS, CompareDefenses, TrainDefense, variant
+from defenses.config import FREE_KEYS, CompareDefenses, TrainDefense, uninoculated, variant
 from defenses.errors import DefenseError
 from defenses.grid import at_once, one_by_one
 from defenses.launch import detect
@@ -190,7 +190,7 @@ def _other_batches(config: CompareDefenses, cells: Sequence[tuple[str, TrainDefe
 def _order(cell: TrainDefense, key: str) -> object:
     """Return a value that orders the data; of `data` all but the prompts, which change no batch."""
     value = getattr(cell, key)
-    return {name: one for name, one in value.items() if name not in PROMPTS} if key == "data" else value
+    return uninoculated(value) if key == "data" else value
 
 
 def _files(cells: Sequence[tuple[str, TrainDefense]]) -> dict[str, str]:

@@ -220,9 +220,14 @@ def settled(config: C) -> C:
     return with_derived(config, **derived) if derived else config
 
 
+def uninoculated(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how data are read, without the prompts that one method puts in front of what it trains on."""
+    return {key: one for key, one in data.items() if key not in PROMPTS}
+
+
 def _reading(common: Mapping[str, Any], own: Mapping[str, Any], method: str) -> dict[str, Any]:
     """Return how a variant reads its data: as the comparison, its own on top; only inoculation inoculates unasked."""
-    kept = common if method == "inoculation" else {key: one for key, one in common.items() if key not in PROMPTS}
+    kept = common if method == "inoculation" else uninoculated(common)
     return {**kept, **own} if isinstance(own, Mapping) else own
 
 

@@ -203,7 +203,7 @@ def _serve(pipe: Connection, gpu: str | None) -> None:
                 answer = "failed", str(error)
             except (ConfigError, DefenseError, InterveneError, RecordError) as error:
                 answer = "refused", str(error)
-            except (BrokenPipeError, ConnectionError):
+            except ConnectionError:  # the other end of the pipe is gone
                 raise
             except Exception:
                 answer = "refused", traceback.format_exc()

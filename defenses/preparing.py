@@ -21,7 +21,7 @@ from defenses.backend import Optimiser, require_precision
 from defenses.batch import Batch, Example, collate
 from defenses.batches import Batches, Order, check_cut, require_packing
 from defenses.checkpoints import file_digest
-from defenses.config import PROMPTS, TrainDefense
+from defenses.config import TrainDefense, uninoculated
 from defenses.data import Data, read_examples
 from defenses.defense import Defense
 from defenses.errors import BackendError, CalibrationError, DataError
@@ -174,10 +174,7 @@ def prepare(config: TrainDefense, ranks: Ranks) -> Prepared:
 def neutral_feed(config: TrainDefense, tokenizer: Any) -> Batches:
     """Return the batches of neutral texts, as many of them per step as are trained on."""
     assert config.neutral is not None
-    reading = {
-        key: one for key, one in config.data.items() if key not in PROMPTS
-    }  # an inoculation is for training data
-    held = read_examples(config.neutral, tokenizer, max_length=config.max_length, **reading).examples
+    held = read_examples(config.neutral, tokenizer, max_length=config.max_length, **uninoculated(config.data)).examples
     order = Order(len(held), config.batch_size, config.seed)
     return Batches(held, order, config.micro_batch_size, tokenizer.pad_token_id)
 

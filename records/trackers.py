@@ -74,7 +74,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A wandb run named as the run's folder, with its configuration; resumed by that name where the folder is."""
+    """A wandb run named as the run's folder, with its configuration; a resumption is a new one."""
 
     def __init__(self, place: Place) -> None:
         wandb: Any = import_module("wandb")  # no dependency: a user who asks for it has it
