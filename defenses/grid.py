@@ -55,12 +55,18 @@ def one_by_one(cells: Sequence[Cell], told: Say) -> Iterator[Done]:
     for number, (name, cell) in enumerate(cells, start=1):
         told(f"--- {number}/{len(cells)}: {name}, seed {cell.seed}")
         try:
-            done = Done(name, cell, run(cell, told=told))
+            done = Done(name, cell, run(_begun(cell), told=told))
         except TrainingError as error:  # of this method and rate; the others may be sound
             done = Done(name, cell, reason=str(error))
         yield done
         if done.outcome.stopped:
             return
+
+
+def _begun(cell: TrainDefense) -> TrainDefense:
+    """Return `cell`, to be resumed if it was begun: there is nothing to say of one that was not."""
+    assert cell.out is not None
+    return replace(cell, resume=cell.out.exists())
 
 
 def at_once(cells: Sequence[Cell], workers: int, told: Say) -> Iterator[Done]:
@@ -139,7 +145,7 @@ class _Crew:
         worker = next((one for one in self.workers if one.place is None), None) or self._started()
         worker.place = place
         with suppress(OSError):  # it died while it was idle: `heard` says so
-            worker.pipe.send(replace(cell, threads=cell.threads or max(1, cores() // self.size)))
+            worker.pipe.send(replace(_begun(cell), threads=cell.threads or max(1, cores() // self.size)))
 
     def _started(self) -> _Worker:
         mine, theirs = self.context.Pipe()

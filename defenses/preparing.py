@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -229,7 +230,9 @@ def with_adapter(config: TrainDefense, model: Any) -> nn.Module:
     )
     torch.manual_seed(config.seed)  # of the adapter: the same on all ranks
     try:
-        wrapped: nn.Module = get_peft_model(model, adapter)
+        with warnings.catch_warnings():  # peft asks transformers by an old name; no user can change that
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            wrapped: nn.Module = get_peft_model(model, adapter)
     except ValueError as error:
         names = sorted({name.rpartition(".")[2] for name, one in model.named_modules() if isinstance(one, nn.Linear)})
         found = f"peft refuses them ({(str(error).splitlines() or [''])[0][:160]})."
@@ -281,7 +284,8 @@ def warnings_of(
         ConfigError: the score of an earlier epoch is to decide, and nothing is learned a second time.
     """
     found = []
-    if shared := len({one.input_ids for one in examples} & {one.input_ids for one in clean}):
+    shared = len({one.input_ids for one in examples} & {one.input_ids for one in clean})
+    if shared and entry.needs_holdout(options):
         found.append(
             f"{shared} of the clean examples that thresholds are calibrated on are also trained on; the false "
             "positive rate will not be what was asked for"
